@@ -18,13 +18,15 @@ import hashlib
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from fractions import Fraction
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, Bool, Float, Inexact, PRNGKeyArray, PyTree
+
+from jaxkit import _rank as rank
 
 Where = str | Sequence[str] | Callable[[str, Any], bool] | PyTree | None
 
@@ -35,6 +37,7 @@ __all__ = [
     "flatten",
     "is_weight",
     "keys",
+    "kth_largest",
     "map",
     "paths",
     "quantile",
@@ -81,3 +84,357 @@ def paths(tree: PyTree) -> PyTree[str]:
     {'a': {'w': 'a/w'}, 'b': ['b/0']}
     """
     return jax.tree.unflatten(jax.tree.structure(tree), list(flatten(tree)))
+
+
+def _first_difference(a: PyTree, b: PyTree) -> str:
+    left, right = flatten(a), flatten(b)
+    for path in [*left, *right]:
+        if path not in right or path not in left:
+            return f"{path!r} is only in the {'first' if path in left else 'second'}"
+    return f"the containers differ: {jax.tree.structure(a)} and {jax.tree.structure(b)}"
+
+
+def check_like(params: PyTree, other: PyTree, what: str = "tree") -> None:
+    """Raise unless `other` has the tree structure and the leaf shapes of `params`.
+
+    Raises:
+      ValueError: naming `what` and the first path that differs.
+
+    >>> check_like({"w": jnp.ones(2)}, {"w": jnp.ones(3)}, "mask")
+    Traceback (most recent call last):
+    ...
+    ValueError: the mask does not fit params: 'w' has shape (3,), and (2,) was due
+    """
+    if jax.tree.structure(params) != jax.tree.structure(other):
+        raise ValueError(
+            f"the {what} does not fit params: {_first_difference(params, other)} "
+            f"(first: params, second: {what})"
+        )
+    for (path, leaf), got in zip(flatten(params).items(), jax.tree.leaves(other), strict=True):
+        if _is_array(leaf) and np.shape(got) != np.shape(leaf):
+            raise ValueError(
+                f"the {what} does not fit params: {path!r} has shape {np.shape(got)}, "
+                f"and {np.shape(leaf)} was due"
+            )
+
+
+# ------------------------------------------------------------------------------------- where
+
+_NORM = re.compile(
+    r"(?i)(.*_)?(batch|layer|group|instance|rms)?_?norm(alization)?_?\d*|bn_?\d*|ln(_\w+|\d*)"
+)
+_SMALL = re.compile(r"(?i)(.*_)?(bias|scale|gain|gamma|beta|offset|embeddings?)|b|g")
+_EMBED = re.compile(r"(?i)(.*_)?embed(ding|dings|der)?(_\w+|\d*)|w[tp]e")
+
+
+def _is_array(leaf: Any) -> bool:
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+
+
+def is_weight(path: str, leaf: Any) -> bool:
+    """Tell whether a leaf is a weight: the default of every `where`.
+
+    A weight is an inexact array of two or more dimensions that is no bias, scale, norm or
+    embedding by name. (Dimensions alone do not tell: an attention bias is a (heads, size)
+    matrix, and a scan over layers stacks biases and scales.) The name is read off the path: its
+    last part (``bias``, ``scale``, ``embedding``, ...), a part that names a normalization layer
+    (``LayerNorm_0``, ``bn1``, ``ln_f``), or a part that names an embedding (``Embed_0``, ``wte``)
+    unless the leaf is its ``kernel`` or ``w``, as in the convolution of a patch embedding.
+
+    >>> is_weight("params/Dense_0/kernel", jnp.ones((2, 3)))
+    True
+    >>> is_weight("params/LayerNorm_0/scale", jnp.ones((12, 3)))
+    False
+    """
+    *modules, name = path.split("/")
+    return (
+        _is_inexact(leaf)
+        and len(leaf.shape) >= 2
+        and not _SMALL.fullmatch(name)
+        and not any(_NORM.fullmatch(part) for part in path.split("/"))
+        and (name in ("kernel", "w") or not any(_EMBED.fullmatch(part) for part in modules))
+    )
+
+
+def _compile(glob: str) -> re.Pattern[str]:
+    out, i = "", 0
+    while i < len(glob):
+        if glob.startswith("**/", i):
+            out, i = out + "(?:.*/)?", i + 3
+        elif glob.startswith("**", i):
+            out, i = out + ".*", i + 2
+        elif glob[i] in "*?":
+            out, i = out + ("[^/]*" if glob[i] == "*" else "[^/]"), i + 1
+        else:
+            out, i = out + re.escape(glob[i]), i + 1
+    return re.compile(out)
+
+
+def _match(glob: str, leaves: dict[str, Any]) -> set[str]:
+    pattern = _compile(glob)
+    hits = {path for path in leaves if pattern.fullmatch(path)}
+    chosen = {path for path in hits if _is_inexact(leaves[path])}
+    if not chosen:
+        if hits:
+            raise ValueError(f"where={glob!r} matches only leaves that are no float arrays: {hits}")
+        parts = [part for part in glob.split("/") if part != "**"]
+        likeness = lambda path: difflib.SequenceMatcher(
+            None, "/".join(parts), "/".join(path.split("/")[-len(parts) :])
+        ).ratio()
+        ranked = sorted(leaves, key=likeness, reverse=True)
+        near = ", ".join(f"{path!r}" for path in ranked[:3]) or "none: the tree is empty"
+        raise ValueError(f"where={glob!r} matches no leaf; the nearest paths: {near}")
+    return chosen
+
+
+def select(tree: PyTree, where: Where = None) -> PyTree[bool]:
+    """Return a tree of Python bools: True at the leaves that `where` chooses.
+
+    Leaves that are not inexact arrays are never chosen.
+
+    Raises:
+      ValueError: a glob or a callable that chooses no leaf, or a tree of another structure.
+      TypeError: a tree whose leaves are not single bools.
+
+    >>> params = {"a": {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}, "step": jnp.array(3)}
+    >>> select(params)
+    {'a': {'bias': False, 'kernel': True}, 'step': False}
+    >>> select(params, "**/bias")
+    {'a': {'bias': True, 'kernel': False}, 'step': False}
+    >>> select(params, "**/kernels")
+    Traceback (most recent call last):
+    ...
+    ValueError: where='**/kernels' matches no leaf; the nearest paths: 'a/kernel', 'a/bias', 'step'
+    """
+    leaves = flatten(tree)
+    structure = jax.tree.structure(tree)
+    if isinstance(where, str):
+        where = [where]
+    if where is None:
+        chosen = [is_weight(path, leaf) for path, leaf in leaves.items()]
+    elif isinstance(where, Sequence) and where and all(isinstance(g, str) for g in where):
+        hits = set().union(*(_match(glob, leaves) for glob in where))
+        chosen = [path in hits for path in leaves]
+    elif jax.tree.structure(where) == structure and not (
+        callable(where) and structure.num_leaves == 1
+    ):
+        for path, bit in zip(leaves, jax.tree.leaves(where), strict=True):
+            if not isinstance(bit, bool | np.bool_):
+                raise TypeError(f"where takes one bool a leaf; {path!r} has a {type(bit).__name__}")
+        bits = zip(leaves.values(), jax.tree.leaves(where), strict=True)
+        chosen = [_is_inexact(leaf) and bool(bit) for leaf, bit in bits]
+    elif callable(where):
+        chosen = [_is_inexact(leaf) and bool(where(path, leaf)) for path, leaf in leaves.items()]
+        if leaves and not any(chosen):
+            raise ValueError(f"where={where!r} chooses none of the leaves {list(leaves)[:5]}")
+    else:
+        raise ValueError(
+            f"where does not fit the tree: {_first_difference(tree, where)} "
+            "(first: the tree, second: where)"
+        )
+    return jax.tree.unflatten(structure, chosen)
+
+
+def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, where: Where = None) -> PyTree:
+    """Return the tree with ``fn(path, leaf, *rest_leaves)`` at the leaves that `where` chooses.
+
+    Every other leaf is the same object as before. The trees in `rest` have the structure of `tree`.
+
+    >>> map(lambda path, w: 2 * w, {"kernel": jnp.ones((1, 2)), "bias": 1.0})
+    {'bias': 1.0, 'kernel': Array([[2., 2.]], dtype=float32)}
+    """
+    for other in rest:
+        if jax.tree.structure(other) != jax.tree.structure(tree):
+            raise ValueError(f"the trees differ: {_first_difference(tree, other)}")
+    return jax.tree.map(
+        lambda bit, path, leaf, *others: fn(path, leaf, *others) if bit else leaf,
+        select(tree, where),
+        paths(tree),
+        tree,
+        *rest,
+    )
+
+
+# -------------------------------------------------------------------------------------- keys
+
+
+def check_key(key: PRNGKeyArray) -> None:
+    """Raise unless `key` is one typed key, made by ``jax.random.key``.
+
+    Raises:
+      TypeError: for a legacy uint32 key, an array of keys, or anything else.
+    """
+    if not _is_array(key) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        came = f"{key.dtype}{list(key.shape)}" if _is_array(key) else type(key).__name__
+        raise TypeError(
+            f"a typed key is due (jax.random.key(seed)), and {came} came; "
+            "wrap a legacy key with jax.random.wrap_key_data(key)"
+        )
+    if key.shape:
+        raise TypeError(f"one key is due, and an array of shape {key.shape} came; use jax.vmap")
+
+
+def _words(text: str) -> tuple[int, int]:
+    digest = hashlib.sha256(text.encode()).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:8], "big")
+
+
+def keys(key: PRNGKeyArray, tree: PyTree, tag: str) -> PyTree[PRNGKeyArray]:
+    """Return a key for every leaf, that depends on `key`, `tag` and the leaf's path alone.
+
+    ``fold_in(fold_in(fold_in(key, t), p0), p1)`` with t the first word of SHA-256 of `tag`, and p0
+    and p1 the first two big-endian words of SHA-256 of the path. So adding, removing or sharding a
+    leaf changes no other leaf's draw, and functions with different tags draw independently from
+    one key. This is a file format: it does not change between versions.
+
+    Raises:
+      TypeError: `key` is not one typed key.
+
+    >>> ks = keys(jax.random.key(0), {"a": 0.0, "b": 1.0}, "example")
+    >>> bool(ks["a"] == keys(jax.random.key(0), {"a": 0.0}, "example")["a"])
+    True
+    """
+    check_key(key)
+    words = np.array([_words(path) for path in flatten(tree)], np.uint32).reshape(-1, 2)
+    base = jax.random.fold_in(key, np.uint32(_words(tag)[0]))
+    folded = jax.vmap(lambda w: jax.random.fold_in(jax.random.fold_in(base, w[0]), w[1]))(words)
+    return jax.tree.unflatten(jax.tree.structure(tree), [folded[i] for i in range(len(words))])
+
+
+# ------------------------------------------------------------------------------------- ravel
+
+
+def ravel(tree: PyTree, where: Where = None) -> tuple[Inexact[Array, " n"], Callable]:
+    """Return the chosen leaves as one vector, and the function that puts a vector back.
+
+    The vector has the common dtype of the chosen leaves (float32 where there is none); `unravel`
+    gives every leaf its own dtype again, and the leaves that were not chosen as they were.
+
+    >>> vector, unravel = ravel({"kernel": jnp.arange(4.0).reshape(2, 2), "bias": jnp.ones(2)})
+    >>> vector.tolist()
+    [0.0, 1.0, 2.0, 3.0]
+    >>> unravel(vector + 1)["kernel"].tolist()
+    [[1.0, 2.0], [3.0, 4.0]]
+    """
+    chosen = jax.tree.leaves(select(tree, where))
+    leaves, structure = jax.tree.flatten(tree)
+    picked = [leaf for leaf, bit in zip(leaves, chosen, strict=True) if bit]
+    dtype = jnp.result_type(*picked) if picked else jnp.float32
+    parts = [jnp.ravel(leaf).astype(dtype) for leaf in picked]
+    vector = jnp.concatenate(parts) if parts else jnp.zeros(0, dtype)
+
+    def unravel(vector):
+        if jnp.shape(vector) != (n := sum(leaf.size for leaf in picked),):
+            raise ValueError(f"a vector of shape {(n,)} is due, and {jnp.shape(vector)} came")
+        out, start = [], 0
+        for leaf, bit in zip(leaves, chosen, strict=True):
+            if bit:
+                piece = vector[start : start + leaf.size]
+                start += leaf.size
+                leaf = piece.reshape(leaf.shape).astype(leaf.dtype)
+            out.append(leaf)
+        return jax.tree.unflatten(structure, out)
+
+    return vector, unravel
+
+
+# ------------------------------------------------------------------------------------- ranks
+
+
+def _ranked(tree: PyTree, where: Where) -> tuple[list[Array], list[bool], int]:
+    """Return the leaves to rank, the choice for every leaf, and the bits of the widest dtype."""
+    chosen = jax.tree.leaves(select(tree, where))
+    picked = {p: x for (p, x), c in zip(flatten(tree).items(), chosen, strict=True) if c}
+    for path, leaf in picked.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"{path!r} has dtype {leaf.dtype}, and only real numbers have an order")
+        if not isinstance(leaf, jax.core.Tracer) and bool(jnp.isnan(leaf).any()):
+            raise ValueError(f"{path!r} holds NaN, which has no rank")
+    wide = any(leaf.dtype == jnp.float64 for leaf in picked.values())
+    return list(picked.values()), chosen, 64 if wide else 32
+
+
+def topk(
+    scores: PyTree, k: Any, *, where: Where = None, within: PyTree[Bool[Array, "..."]] | None = None
+) -> PyTree[Bool[Array, "..."]]:
+    """Mark the k largest entries: exactly k, ties in the order of the flat index.
+
+    mask_i = 1 for the k entries of the chosen leaves that come first in the order (larger score,
+    earlier leaf, lower flat index); leaves that are not chosen are all True. It neither sorts nor
+    gathers: 32 reductions (64 for float64) find the k-th largest score, and as many split its ties.
+
+    Args:
+      scores: floats; -0 counts as 0. NaN ranks lowest under jit and raises eagerly.
+      k: an int (or a traced whole number) over all chosen leaves together, or a tree of them with
+        one a leaf, each leaf for itself. More than there is marks all.
+      where: the leaves that are ranked; default: `is_weight`.
+      within: a mask; entries outside it are never marked.
+
+    Raises:
+      ValueError: NaN scores (eagerly), a `where` that matches nothing, a tree that does not fit.
+      TypeError: complex scores.
+
+    >>> topk({"w": jnp.array([[3.0, 1.0], [2.0, 2.0]])}, 2)["w"].tolist()
+    [[True, False], [True, False]]
+    """
+    leaves, chosen, bits = _ranked(scores, where)
+    if not leaves:
+        return jax.tree.map(_all_true, scores)
+    together = jax.tree.structure(k) == jax.tree.structure(0)
+    if not together:
+        if jax.tree.structure(k) != jax.tree.structure(scores):
+            raise ValueError(f"k does not fit the scores: {_first_difference(scores, k)}")
+        k = [each for each, bit in zip(jax.tree.leaves(k), chosen, strict=True) if bit]
+    pairs = [rank.as_pair(each) for each in (k if isinstance(k, list) else [k])]
+    masks: list = [None] * len(leaves)
+    if within is not None:
+        check_like(scores, within, "mask `within`")
+        masks = [m for m, bit in zip(jax.tree.leaves(within), chosen, strict=True) if bit]
+    counts = rank.Pair(*(jnp.stack(words) for words in zip(*pairs, strict=True)))
+    marked = iter(rank.largest(leaves, masks, counts, together, bits))
+    every, structure = jax.tree.flatten(scores)
+    out = [next(marked) if bit else _all_true(x) for x, bit in zip(every, chosen, strict=True)]
+    return jax.tree.unflatten(structure, out)
+
+
+def _all_true(leaf: Any) -> Any:
+    """Return the mask of an exempt leaf; what is no array (a function) stands for itself."""
+    return jnp.ones(jnp.shape(leaf), bool) if _is_array(leaf) or np.isscalar(leaf) else leaf
+
+
+def kth_largest(tree: PyTree, k: Any, *, where: Where = None) -> Float[Array, ""]:
+    """Return the k-th largest entry (k = 1, 2, ...) of the chosen leaves together, exactly.
+
+    float32, or float64 if a chosen leaf is; NaN if there are fewer than k entries. See `topk` for
+    the order, the cost and the errors.
+
+    >>> kth_largest({"w": jnp.array([[3.0, 1.0], [2.0, 4.0]])}, 2).item()
+    3.0
+    """
+    leaves, _, bits = _ranked(tree, where)
+    if not leaves:
+        raise ValueError("no leaf is chosen, so there is no k-th largest entry")
+    pair = rank.as_pair(k)
+    return rank.kth(leaves, rank.Pair(pair.hi[None], pair.lo[None]), bits)
+
+
+def quantile(tree: PyTree, q: Any, *, where: Where = None) -> Float[Array, ""]:
+    """Return the q-quantile of the entries of the chosen leaves together, an entry itself.
+
+    The entry of rank floor(q (n - 1)) from below, as ``numpy.quantile(..., method="lower")``; with
+    a traced q the rank is computed in float32. See `topk` for the order, the cost and the errors.
+
+    >>> quantile({"w": jnp.arange(10.0).reshape(2, 5)}, 0.5).item()
+    4.0
+    """
+    leaves, _, _ = _ranked(tree, where)
+    n = sum(leaf.size for leaf in leaves)
+    if isinstance(q, int | float):
+        if not 0 <= q <= 1:
+            raise ValueError(f"q={q} is not in [0, 1]")
+        return kth_largest(tree, n - math.floor(Fraction(repr(q)) * (n - 1)), where=where)
+    return kth_largest(tree, n - jnp.floor(q * (n - 1)), where=where)
