@@ -1,5 +1,5 @@
 """jaxkit: research on neural-network weights in JAX, as pure functions on pytrees."""
 
-from jaxkit import tree
+from jaxkit import masks, tree
 
-__all__ = ["tree"]
+__all__ = ["masks", "tree"]

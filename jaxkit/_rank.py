@@ -23,11 +23,23 @@ class Pair(NamedTuple):
     lo: Any
 
 
+_WORD = 2**32
+
+
+def is_pair(x: Any) -> bool:
+    return isinstance(x, Pair)
+
+
+def share(n: Pair, fraction: Any) -> Pair:
+    """Return round(fraction n), computed in float32."""
+    return as_pair(jnp.round(fraction * (n.hi * jnp.float32(_WORD) + n.lo)))
+
+
 def _at_least(a: Pair, b: Pair):
     return (a.hi > b.hi) | ((a.hi == b.hi) & (a.lo >= b.lo))
 
 
-def _minus(a: Pair, b: Pair) -> Pair:
+def minus(a: Pair, b: Pair) -> Pair:
     return Pair(a.hi - b.hi - (a.lo < b.lo), a.lo - b.lo)
 
 
@@ -46,10 +58,7 @@ def _add_up(pair: Pair) -> Pair:
     return Pair(hi, lo)
 
 
-_WORD = 2**32
-
-
-def _count(bits: Bool[Array, "..."]) -> Pair:
+def count(bits: Bool[Array, "..."]) -> Pair:
     """Count the True entries of an array of any size."""
     if bits.size < _WORD:
         return Pair(jnp.uint32(0), jnp.sum(bits, dtype=jnp.uint32))
@@ -59,18 +68,20 @@ def _count(bits: Bool[Array, "..."]) -> Pair:
 
 
 def _counts(leaves: Sequence[Bool[Array, "..."]]) -> Pair:
-    pairs = [_count(leaf) for leaf in leaves]
+    pairs = [count(leaf) for leaf in leaves]
     return Pair(*(jnp.stack(column) for column in zip(*pairs, strict=True)))
 
 
 def as_pair(k: Any) -> Pair:
     """Write a whole number (int, integer array, or float array) as two words."""
+    if isinstance(k, Pair):
+        return k
     if isinstance(k, int | np.integer):
         return Pair(jnp.uint32(int(k) // _WORD), jnp.uint32(int(k) % _WORD))
     k = jnp.asarray(k)
     if jnp.issubdtype(k.dtype, jnp.floating):
-        hi = jnp.floor(k / _WORD)
-        return Pair(hi.astype(jnp.uint32), (k - hi * _WORD).astype(jnp.uint32))
+        hi = jnp.floor(k / np.float32(_WORD))
+        return Pair(hi.astype(jnp.uint32), (k - hi * np.float32(_WORD)).astype(jnp.uint32))
     k = jnp.maximum(k, 0)
     hi = k >> 32 if k.dtype.itemsize == 8 else jnp.zeros_like(k)
     return Pair(hi.astype(jnp.uint32), k.astype(jnp.uint32))
@@ -169,7 +180,7 @@ def _in_turn(ties: Pair, room: Pair) -> Pair:
 
     def take(room, tie):
         got = _minimum(tie, room)
-        return _minus(room, got), got
+        return minus(room, got), got
 
     return lax.scan(take, Pair(room.hi[0], room.lo[0]), ties)[1]
 
@@ -184,7 +195,7 @@ def largest(leaves: list, within: list, k: Pair, together: bool, bits: int) -> l
     above = [im > _own(least, i, together) for i, im in enumerate(images())]
     ties = [x & ~y for x, y in zip(reached, above, strict=True)]
     per_leaf = _counts(ties)
-    room = _minus(k, _grouped(_counts(above), together))
+    room = minus(k, _grouped(_counts(above), together))
     # k may exceed what there is (least is 0), or be none
     room = _minimum(room, _grouped(per_leaf, together))
     quota = _in_turn(per_leaf, room) if together else room

@@ -24,6 +24,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Inexact, PRNGKeyArray, PyTree
 
 from jaxkit import _rank as rank
@@ -35,6 +36,8 @@ __all__ = [
     "check_key",
     "check_like",
     "flatten",
+    "is_array",
+    "is_inexact",
     "is_weight",
     "keys",
     "kth_largest",
@@ -111,7 +114,7 @@ def check_like(params: PyTree, other: PyTree, what: str = "tree") -> None:
             f"(first: params, second: {what})"
         )
     for (path, leaf), got in zip(flatten(params).items(), jax.tree.leaves(other), strict=True):
-        if _is_array(leaf) and np.shape(got) != np.shape(leaf):
+        if is_array(leaf) and np.shape(got) != np.shape(leaf):
             raise ValueError(
                 f"the {what} does not fit params: {path!r} has shape {np.shape(got)}, "
                 f"and {np.shape(leaf)} was due"
@@ -127,12 +130,14 @@ _SMALL = re.compile(r"(?i)(.*_)?(bias|scale|gain|gamma|beta|offset|embeddings?)|
 _EMBED = re.compile(r"(?i)(.*_)?embed(ding|dings|der)?(_\w+|\d*)|w[tp]e")
 
 
-def _is_array(leaf: Any) -> bool:
+def is_array(leaf: Any) -> bool:
+    """Tell whether a leaf is an array, or stands for one (a tracer, a ShapeDtypeStruct)."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
-def _is_inexact(leaf: Any) -> bool:
-    return _is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
+def is_inexact(leaf: Any) -> bool:
+    """Tell whether a leaf is an array of floats or complex numbers: what jaxkit transforms."""
+    return is_array(leaf) and jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
 def is_weight(path: str, leaf: Any) -> bool:
@@ -152,7 +157,7 @@ def is_weight(path: str, leaf: Any) -> bool:
     """
     *modules, name = path.split("/")
     return (
-        _is_inexact(leaf)
+        is_inexact(leaf)
         and len(leaf.shape) >= 2
         and not _SMALL.fullmatch(name)
         and not any(_NORM.fullmatch(part) for part in path.split("/"))
@@ -177,7 +182,7 @@ def _compile(glob: str) -> re.Pattern[str]:
 def _match(glob: str, leaves: dict[str, Any]) -> set[str]:
     pattern = _compile(glob)
     hits = {path for path in leaves if pattern.fullmatch(path)}
-    chosen = {path for path in hits if _is_inexact(leaves[path])}
+    chosen = {path for path in hits if is_inexact(leaves[path])}
     if not chosen:
         if hits:
             raise ValueError(f"where={glob!r} matches only leaves that are no float arrays: {hits}")
@@ -226,9 +231,9 @@ def select(tree: PyTree, where: Where = None) -> PyTree[bool]:
             if not isinstance(bit, bool | np.bool_):
                 raise TypeError(f"where takes one bool a leaf; {path!r} has a {type(bit).__name__}")
         bits = zip(leaves.values(), jax.tree.leaves(where), strict=True)
-        chosen = [_is_inexact(leaf) and bool(bit) for leaf, bit in bits]
+        chosen = [is_inexact(leaf) and bool(bit) for leaf, bit in bits]
     elif callable(where):
-        chosen = [_is_inexact(leaf) and bool(where(path, leaf)) for path, leaf in leaves.items()]
+        chosen = [is_inexact(leaf) and bool(where(path, leaf)) for path, leaf in leaves.items()]
         if leaves and not any(chosen):
             raise ValueError(f"where={where!r} chooses none of the leaves {list(leaves)[:5]}")
     else:
@@ -268,8 +273,8 @@ def check_key(key: PRNGKeyArray) -> None:
     Raises:
       TypeError: for a legacy uint32 key, an array of keys, or anything else.
     """
-    if not _is_array(key) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        came = f"{key.dtype}{list(key.shape)}" if _is_array(key) else type(key).__name__
+    if not is_array(key) or not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        came = f"{key.dtype}{list(key.shape)}" if is_array(key) else type(key).__name__
         raise TypeError(
             f"a typed key is due (jax.random.key(seed)), and {came} came; "
             "wrap a legacy key with jax.random.wrap_key_data(key)"
@@ -352,7 +357,7 @@ def _ranked(tree: PyTree, where: Where) -> tuple[list[Array], list[bool], int]:
     for path, leaf in picked.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{path!r} has dtype {leaf.dtype}, and only real numbers have an order")
-        if not isinstance(leaf, jax.core.Tracer) and bool(jnp.isnan(leaf).any()):
+        if not isinstance(leaf, Tracer) and bool(jnp.isnan(leaf).any()):
             raise ValueError(f"{path!r} holds NaN, which has no rank")
     wide = any(leaf.dtype == jnp.float64 for leaf in picked.values())
     return list(picked.values()), chosen, 64 if wide else 32
@@ -384,12 +389,13 @@ def topk(
     leaves, chosen, bits = _ranked(scores, where)
     if not leaves:
         return jax.tree.map(_all_true, scores)
-    together = jax.tree.structure(k) == jax.tree.structure(0)
+    ks, structure = jax.tree.flatten(k, is_leaf=rank.is_pair)
+    together = structure == jax.tree.structure(0)
     if not together:
-        if jax.tree.structure(k) != jax.tree.structure(scores):
+        if structure != jax.tree.structure(scores):
             raise ValueError(f"k does not fit the scores: {_first_difference(scores, k)}")
-        k = [each for each, bit in zip(jax.tree.leaves(k), chosen, strict=True) if bit]
-    pairs = [rank.as_pair(each) for each in (k if isinstance(k, list) else [k])]
+        ks = [each for each, bit in zip(ks, chosen, strict=True) if bit]
+    pairs = [rank.as_pair(each) for each in ks]
     masks: list = [None] * len(leaves)
     if within is not None:
         check_like(scores, within, "mask `within`")
@@ -403,7 +409,9 @@ def topk(
 
 def _all_true(leaf: Any) -> Any:
     """Return the mask of an exempt leaf; what is no array (a function) stands for itself."""
-    return jnp.ones(jnp.shape(leaf), bool) if _is_array(leaf) or np.isscalar(leaf) else leaf
+    if is_array(leaf):
+        return jnp.ones_like(leaf, bool)
+    return jnp.ones((), bool) if np.isscalar(leaf) else leaf
 
 
 def kth_largest(tree: PyTree, k: Any, *, where: Where = None) -> Float[Array, ""]:

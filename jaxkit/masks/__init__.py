@@ -1,0 +1,39 @@
+"""Masks: score x allocation x selection, sparse training, and what a mask is worth."""
+
+from jaxkit.masks.allocate import erk, uniform
+from jaxkit.masks.report import Report, report
+from jaxkit.masks.score import magnitude, random, snip
+from jaxkit.masks.select import Mask, apply, topk
+from jaxkit.masks.train import (
+    Rule,
+    SparseState,
+    current,
+    gradual,
+    hold,
+    regrow,
+    rigl,
+    sparse,
+    update_mask,
+)
+
+__all__ = [
+    "Mask",
+    "Report",
+    "Rule",
+    "SparseState",
+    "apply",
+    "current",
+    "erk",
+    "gradual",
+    "hold",
+    "magnitude",
+    "random",
+    "regrow",
+    "report",
+    "rigl",
+    "snip",
+    "sparse",
+    "topk",
+    "uniform",
+    "update_mask",
+]

@@ -1,0 +1,124 @@
+"""Selection: from scores and sparsity to a mask, and the mask to params.
+
+A mask is a tree like params with boolean leaves; a leaf that was not chosen is all True. Counts
+are exact, ties keep the lower index.
+"""
+
+from fractions import Fraction
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, PyTree
+
+from jaxkit import _rank as rank
+from jaxkit import tree
+
+Mask = PyTree[Bool[Array, "..."]]
+
+__all__ = ["Mask", "apply", "check_sparsity", "topk"]
+
+
+def check_sparsity(sparsity: Any) -> None:
+    """Raise unless every number is a sparsity: in [0, 1). Traced values are not looked at.
+
+    Raises:
+      ValueError: naming the leaf, if it is a tree of them.
+    """
+    for path, s in tree.flatten(sparsity).items():
+        number = isinstance(s, int | float | np.number)
+        if number and not 0 <= s < 1:
+            at = f" at {path!r}" if path else ""
+            raise ValueError(
+                f"sparsity{at} is {s}, and a number in [0, 1) is due: the fraction of zeros"
+            )
+
+
+def _kept(sparsity: Any, n: int) -> Any:
+    """Return round-half-even((1 - sparsity) n), exactly if `sparsity` is a Python number."""
+    if isinstance(sparsity, int | float | np.number):
+        return round((1 - Fraction(repr(float(sparsity)))) * n)
+    sparsity = jnp.asarray(sparsity, jnp.float32)
+    if n < 2**24:
+        return jnp.round((1 - sparsity) * n)
+    # float32 does not hold n, and sparsity 0 must keep all of it
+    return rank.minus(rank.as_pair(n), rank.as_pair(jnp.round(sparsity * n)))
+
+
+def topk(
+    scores: PyTree,
+    *,
+    sparsity: float | Array | PyTree | None = None,
+    keep: int | Array | PyTree | None = None,
+    where: tree.Where = None,
+    within: Mask | None = None,
+) -> Mask:
+    """Keep the entries with the largest scores, exactly round-half-even((1 - sparsity) n) of them.
+
+    Args:
+      scores: a tree like params of floats (`magnitude`, `random`, `snip`, or your own).
+      sparsity: the fraction of zeros, in [0, 1). One number ranks all chosen leaves together; a
+        tree of numbers (`uniform`, `erk`) ranks each leaf for itself. Python numbers count exactly;
+        traced ones work under jit and vmap, and are off by an entry or two at 1e8 entries.
+      keep: instead of sparsity, how many entries stay: an integer, or a tree of them.
+      where: the leaves to sparsify. Default: the weights if there is one number, and every leaf
+        whose sparsity is not 0 if there is a tree of them.
+      within: a mask: entries outside it are never kept. So masks nest:
+        ``topk(scores, sparsity=0.9, within=mask)``.
+
+    Returns:
+      A tree of bools like `scores`, all True at leaves that were not chosen. Ties keep the earlier
+      leaf and the lower flat index. NaN ranks lowest under jit.
+
+    Raises:
+      ValueError: sparsity outside [0, 1), both or neither of sparsity and keep, a `where` that
+        matches nothing, a tree that does not fit the scores, scores with NaN (eagerly).
+
+    >>> params = {"kernel": jnp.array([[3.0, -1.0], [0.5, 2.0]]), "bias": jnp.zeros(2)}
+    >>> topk(jax.tree.map(jnp.abs, params), sparsity=0.5)["kernel"].tolist()
+    [[True, False], [False, True]]
+    """
+    if (sparsity is None) == (keep is None):
+        raise ValueError("give either sparsity (the fraction of zeros) or keep (the number kept)")
+    given = sparsity if keep is None else keep
+    single = jax.tree.structure(given) == jax.tree.structure(0)
+    if not single and jax.tree.structure(given) != jax.tree.structure(scores):
+        tree.check_like(scores, given, "sparsity" if keep is None else "keep")
+    if where is None and not single:
+        where = jax.tree.map(_is_float_array, scores)
+    if keep is None:
+        check_sparsity(sparsity)
+        if single:
+            chosen = jax.tree.leaves(tree.select(scores, where))
+            pairs = zip(jax.tree.leaves(scores), chosen, strict=True)
+            keep = _kept(sparsity, sum(leaf.size for leaf, bit in pairs if bit))
+        else:
+            keep = jax.tree.map(lambda s, leaf: _kept(s, np.size(leaf)), sparsity, scores)
+    return tree.topk(scores, keep, where=where, within=within)
+
+
+def _is_float_array(leaf: Any) -> bool:
+    return hasattr(leaf, "dtype") and jnp.issubdtype(leaf.dtype, jnp.floating)
+
+
+def apply(params: PyTree, mask: Mask) -> PyTree:
+    """Return the params with zeros outside the mask: where(mask, w, 0), in the dtype of w.
+
+    (Not a product: NaN times 0 is NaN.) Leaves that are not inexact arrays pass through.
+
+    Raises:
+      ValueError: a mask that does not fit, naming the first path that differs.
+
+    >>> apply({"w": jnp.array([3.0, jnp.nan])}, {"w": jnp.array([True, False])})["w"].tolist()
+    [3.0, 0.0]
+    """
+    tree.check_like(params, mask, "mask")
+    return keep_where(mask, params)
+
+
+def keep_where(mask: Mask, params: PyTree) -> PyTree:
+    """Do what `apply` does, unchecked."""
+    return jax.tree.map(
+        lambda w, m: jnp.where(m, w, jnp.zeros_like(w)) if tree.is_inexact(w) else w, params, mask
+    )
