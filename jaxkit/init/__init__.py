@@ -1,0 +1,5 @@
+"""Initializers of arrays and of whole trees."""
+
+from jaxkit.init.rules import Initializer, TreeInitializer, rules
+
+__all__ = ["Initializer", "TreeInitializer", "rules"]
