@@ -328,7 +328,7 @@ def ravel(tree: PyTree, where: Where = None) -> tuple[Inexact[Array, " n"], Call
     chosen = jax.tree.leaves(select(tree, where))
     leaves, structure = jax.tree.flatten(tree)
     picked = [leaf for leaf, bit in zip(leaves, chosen, strict=True) if bit]
-    dtype = jnp.result_type(*picked) if picked else jnp.float32
+    dtype = jnp.result_type(*(leaf.dtype for leaf in picked)) if picked else jnp.float32
     parts = [jnp.ravel(leaf).astype(dtype) for leaf in picked]
     vector = jnp.concatenate(parts) if parts else jnp.zeros(0, dtype)
 

@@ -29,8 +29,8 @@ def rules(*pairs: tuple[tree.Where, Initializer]) -> TreeInitializer:
         params = jax.jit(lambda key: init(key, abstract), out_shardings=shardings)(key)
 
     Args:
-      pairs: ``(where, initializer)``, with any initializer of ``jax.nn.initializers``, of jaxkit, or
-        your own ``(key, shape, dtype) -> Array``.
+      pairs: ``(where, initializer)`` with any ``(key, shape, dtype) -> Array``: those of
+        ``jax.nn.initializers``, jaxkit's, or your own.
 
     Raises:
       ValueError: a `where` that matches nothing, or an initializer that returns another shape.
