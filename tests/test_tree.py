@@ -271,7 +271,7 @@ def test_counts_and_positions_of_leaves_beyond_one_word(monkeypatch, word):
     monkeypatch.setattr(rank, "_WORD", word)
     pair = rank.count(x)
     assert int(pair.hi) * 2**32 + int(pair.lo) == int(x.sum())
-    row, column, bits = rank._positions(x.shape)
+    row, column, _ = rank._positions(x.shape)
     width = int(column.max()) + 1
     np.testing.assert_array_equal((row * width + column).ravel(), np.arange(x.size))
     assert width < word or width == 6
