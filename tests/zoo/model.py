@@ -35,6 +35,7 @@ class Model(NamedTuple):
       Python computed from the size (the attention's 1 / sqrt(size)) is a constant of the graph
       and stays what it was when the axis is cut.
     layout: where the units of every free axis live.
+    only: for axes that share their size with another: the leaves they live on, by substring.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Model(NamedTuple):
     free: tuple[int, ...]
     removable: tuple[int, ...]
     layout: Layout
+    only: dict[str, tuple[str, ...]] = {}  # noqa: RUF012
 
 
 def whole(*sizes: int) -> dict[int, np.ndarray]:
@@ -64,12 +66,21 @@ def blocks(total: int, *parts: tuple[int, tuple[int, ...], int]) -> dict[int, np
     return {total: np.concatenate([units(*p) for p in parts], axis=1)}
 
 
-def groups(params: Any, layout: Layout) -> Groups:
+def groups(params: Any, model: Model) -> Groups:
     """The (path, dimension) pairs of every axis."""
+
+    def lives_on(axis, path):
+        return any(part in path for part in model.only.get(axis, [""]))
+
     leaves = tree.flatten(params)
     return {
-        name: [(p, d) for p, x in leaves.items() for d, n in enumerate(x.shape) if n in where]
-        for name, where in layout.items()
+        axis: [
+            (path, dim)
+            for path, x in leaves.items()
+            for dim, n in enumerate(x.shape)
+            if n in where and lives_on(axis, path)
+        ]
+        for axis, where in model.layout.items()
     }
 
 

@@ -60,7 +60,7 @@ def test_output_is_finite_and_depends_on_the_input_and_on_every_float_leaf(model
 @each
 def test_every_axis_counted_can_be_permuted_and_no_part_of_it_be_spared(model):
     run, params, args, out = _run(model.name)
-    groups, leaves = hand.groups(params, model.layout), tree.flatten(params)
+    groups, leaves = hand.groups(params, model), tree.flatten(params)
     assert sorted(map(_size, model.layout.values())) == list(model.free)
     for axis, where in model.layout.items():
         permutation = _some(_size(where))
@@ -79,7 +79,7 @@ def test_every_axis_counted_can_be_permuted_and_no_part_of_it_be_spared(model):
 @each
 def test_no_dimension_outside_the_groups_can_be_permuted_alone(model):
     run, params, args, out = _run(model.name)
-    members = {m for group in hand.groups(params, model.layout).values() for m in group}
+    members = {m for group in hand.groups(params, model).values() for m in group}
     for path, x in tree.flatten(params).items():
         for dim, n in enumerate(x.shape):
             if n == 1 or (path, dim) in members:
@@ -91,7 +91,7 @@ def test_no_dimension_outside_the_groups_can_be_permuted_alone(model):
 @each
 def test_a_unit_of_a_removable_axis_can_be_cut_and_of_another_cannot(model):
     run, params, args, _ = _run(model.name)
-    groups = hand.groups(params, model.layout)
+    groups = hand.groups(params, model)
     built_for = inspect.signature(model.build).parameters
     tried, removable = [], []
     for axis, where in model.layout.items():
@@ -120,7 +120,7 @@ def test_a_unit_of_a_removable_axis_can_be_cut_and_of_another_cannot(model):
 )
 def test_groups_written_leaf_by_leaf_are_those_of_the_layout(name, groups):
     (model,) = (m for m in zoo.MODELS if m.name == name)
-    found = hand.groups(model.build()[1], model.layout)
+    found = hand.groups(model.build()[1], model)
     assert {k: sorted(v) for k, v in found.items()} == {k: sorted(v) for k, v in groups.items()}
 
 
