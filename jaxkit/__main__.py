@@ -16,18 +16,18 @@ from typing import Any
 
 _EXAMPLES = """\
 examples:
-  python -m jaxkit papers                          every paper that jaxkit implements
-  python -m jaxkit papers --grep lottery           those that mention a word
-  python -m jaxkit inspect model.safetensors       shape, dtype, norm, sparsity per leaf
-  python -m jaxkit inspect runs/7 --where "**/kernel"
+  python -m jaxkit papers                    the papers that jaxkit implements
+  python -m jaxkit papers --grep lottery     those that mention a word
+  python -m jaxkit inspect model.safetensors
+  python -m jaxkit inspect checkpoints/7 --where "**/kernel"
   python -m jaxkit inspect model.safetensors --json | jq .total.sparsity
 """
 
-_INSPECT = """\
-Print the shape, dtype, L2 norm and sparsity (the fraction of entries that are exactly zero) of
-every leaf of a checkpoint, and the totals. The leaves are read one after another, so that
-memory is needed for the largest leaf, not for the checkpoint. Pickle (.pt, .bin) is never read.
-"""
+_INSPECT = (
+    "Print the shape, dtype, L2 norm and sparsity (the fraction of entries that are exactly zero) "
+    "of every leaf of a checkpoint, and the totals. The leaves are read one after another: it "
+    "takes memory for the largest leaf, not for the checkpoint. Pickle (.pt, .bin) is never read."
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,7 +87,6 @@ def _parser() -> argparse.ArgumentParser:
         "inspect",
         help="show what a checkpoint holds, leaf by leaf",
         description=_INSPECT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     inspect.add_argument(
         "file",

@@ -1,0 +1,122 @@
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from jaxkit import papers
+
+PAPERS = papers.load()
+ROOT = Path(__file__).parents[1]
+
+
+def resolve(name):
+    """The object of a dotted name: the longest module in front, then its attributes."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        module = ".".join(parts[:cut])
+        try:
+            found = importlib.import_module(module)
+        except ModuleNotFoundError as error:
+            if not module.startswith(error.name):
+                raise
+            continue
+        for part in parts[cut:]:
+            found = getattr(found, part)
+        return found
+    raise ModuleNotFoundError(name)
+
+
+@pytest.mark.parametrize("name", sorted({name for p in PAPERS for name in p.implements}))
+def test_every_name_is_a_public_function_that_says_what_it_is(name):
+    found = resolve(name)
+    assert callable(found)
+    assert inspect.getdoc(found)
+    module, _, attribute = name.rpartition(".")
+    assert attribute in resolve(module).__all__
+
+
+@pytest.mark.parametrize("name", sorted({p.experiment for p in PAPERS if p.experiment}))
+def test_every_experiment_is_a_file(name):
+    assert re.fullmatch("[a-z0-9]+(-[a-z0-9]+)*", name)
+    assert (ROOT / "experiments" / f"{name.replace('-', '_')}.py").is_file()
+
+
+@pytest.mark.parametrize("paper", PAPERS, ids=lambda paper: paper.arxiv)
+def test_entries(paper):
+    year, month = re.fullmatch(r"(\d\d)(0[1-9]|1[0-2])\.\d{4,5}", paper.arxiv).groups()
+    assert paper.year == 2000 + int(year), month  # an arXiv id begins with year and month
+    assert all(" " in author and author == author.strip() for author in paper.authors)
+    assert len(set(paper.implements)) == len(paper.implements)
+
+
+def test_no_paper_is_listed_twice():
+    for field in ("title", "arxiv"):
+        values = [getattr(paper, field).casefold() for paper in PAPERS]
+        assert len(set(values)) == len(values)
+
+
+ENTRY = {
+    "title": '"A title"',
+    "authors": '["A. Author", "B. Author"]',
+    "year": "2020",
+    "arxiv": '"2001.00001"',
+    "implements": '["jaxkit.tree.quantile"]',
+    "experiment": '"a-name"',
+}
+
+
+def toml(entry):
+    return "[[paper]]\n" + "\n".join(f"{name} = {value}" for name, value in entry.items())
+
+
+def test_parse():
+    expected = papers.Paper(
+        "A title",
+        ("A. Author", "B. Author"),
+        2020,
+        "2001.00001",
+        ("jaxkit.tree.quantile",),
+        "a-name",
+    )
+    assert papers.parse(toml(ENTRY)) == (expected,)
+    without = {k: v for k, v in ENTRY.items() if k != "experiment"}
+    both = toml(ENTRY) + "\n" + toml(without)
+    assert papers.parse(both) == (expected, expected._replace(experiment=None))
+    assert papers.parse("") == ()
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"year": '"2020"'}, "'A title': year is '2020', due is a int"),
+        ({"year": "true"}, "year is True"),
+        ({"authors": '"A. Author"'}, "authors is 'A. Author', due is a list of strings"),
+        ({"authors": "[]"}, r"authors is \[\]"),
+        ({"implements": "[3]"}, r"implements is \[3\]"),
+        ({"arxiv": "2001.00001"}, "arxiv is 2001.00001, due is a str"),
+        ({"experiment": "[1]"}, "experiment is"),
+        ({"colour": '"blue"'}, r"'A title' has unknown fields \['colour'\]"),
+    ],
+)
+def test_a_wrong_entry_is_named(changed, message):
+    with pytest.raises(ValueError, match=message):
+        papers.parse(toml(ENTRY | changed))
+
+
+def test_a_missing_field_is_named():
+    for name in ENTRY.keys() - {"experiment"}:
+        with pytest.raises(ValueError, match=rf"lacks \['{name}'\]"):
+            papers.parse(toml({k: v for k, v in ENTRY.items() if k != name}))
+    with pytest.raises(ValueError, match="unknown tables"):
+        papers.parse("[[papers]]\n")
+    with pytest.raises(ValueError, match=r"line 1"):
+        papers.parse("no toml")
+
+
+def test_grep_looks_in_every_field_whatever_the_case():
+    found = papers.parse(toml(ENTRY))
+    words = ["a TITLE", "b. author", "2020", "arXiv:2001.00001", "tree.quantile", "A-NAME", ""]
+    assert all(papers.grep(found, word) == found for word in words)
+    assert papers.grep(found, "another") == ()
