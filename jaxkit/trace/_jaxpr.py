@@ -17,6 +17,7 @@ from jaxkit import tree
 JIT = frozenset({"jit", "pjit", "closed_call", "core_call", "call"})
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+CALLS = JIT | REMAT | CUSTOM
 
 
 class Traced(NamedTuple):
@@ -101,23 +102,16 @@ def closed(jaxpr: core.Jaxpr | core.ClosedJaxpr) -> core.ClosedJaxpr:
     return jaxpr if isinstance(jaxpr, core.ClosedJaxpr) else core.ClosedJaxpr(jaxpr, ())
 
 
-def called(eqn: core.JaxprEqn) -> core.ClosedJaxpr | None:
-    """Return the function that a call-like equation applies to its operands, or None."""
-    if eqn.primitive.name in JIT | REMAT | CUSTOM:
-        for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
-            if name in eqn.params:
-                return closed(eqn.params[name])
-    return None
-
-
-def has_jaxpr(eqn: core.JaxprEqn) -> bool:
-    """Whether an equation holds a function of its own (scan, shard_map, custom_linear_solve...)."""
-    kinds = core.Jaxpr | core.ClosedJaxpr
-    return any(
-        isinstance(x, kinds)
-        for v in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: isinstance(x, kinds))
-        for x in [v]
+def called(eqn: core.JaxprEqn) -> core.ClosedJaxpr:
+    """Return the function that an equation of one of the `CALLS` applies to its operands."""
+    return next(
+        closed(eqn.params[k]) for k in ("jaxpr", "call_jaxpr", "fun_jaxpr") if k in eqn.params
     )
+
+
+def aval(atom: Any) -> Any:
+    """Return the shape and dtype of a variable or a literal."""
+    return atom.aval
 
 
 def source(eqn: core.JaxprEqn) -> str:

@@ -10,7 +10,6 @@ import string
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend import core
@@ -23,8 +22,9 @@ Dims = tuple[tuple[Factor, ...], ...]
 # One operand's entries, moved nowhere: in their own right (CASTS), or changed one by one.
 CASTS = frozenset({"convert_element_type", "copy", "copy_p", "name", "sharding_constraint"})
 POINTWISE = frozenset(
-    "add add_any sub mul div max min neg sign abs round floor ceil exp log tanh logistic sqrt rsqrt "
-    "square integer_pow pow clamp select_n erf reduce_precision stop_gradient".split()
+    ["add", "add_any", "sub", "mul", "div", "max", "min", "neg", "sign", "abs", "round", "floor"]
+    + ["ceil", "exp", "log", "tanh", "logistic", "sqrt", "rsqrt", "square", "integer_pow", "pow"]
+    + ["clamp", "select_n", "erf", "reduce_precision"]
 )
 
 
@@ -50,7 +50,7 @@ def advance(eqn: core.JaxprEqn, old: Layout | None) -> Layout | None:
     name, params = eqn.primitive.name, eqn.params
     if old is None or len(eqn.outvars) != 1:
         return None
-    shape = eqn.outvars[0].aval.shape
+    shape = _jaxpr.aval(eqn.outvars[0]).shape
     if name == "transpose":
         return old._replace(dims=tuple(old.dims[i] for i in params["permutation"]))
     if name == "squeeze":
@@ -69,7 +69,8 @@ def advance(eqn: core.JaxprEqn, old: Layout | None) -> Layout | None:
 
 
 def _broadcast(dims: Dims, shape: Sequence[int], into: Sequence[int]) -> Dims:
-    out = [(((-1, j), size),) if size != 1 else () for j, size in enumerate(shape)]
+    new = lambda j, size: (((-1, j), size),) if size != 1 else ()
+    out: list[tuple[Factor, ...]] = [new(j, size) for j, size in enumerate(shape)]
     for d, j in zip(dims, into, strict=True):
         if math.prod(size for _, size in d) == shape[j]:
             out[j] = d
@@ -171,15 +172,15 @@ def make_op(
         except _NoFactors as why:
             raise ValueError(f"{path!r} has no low-rank form: {why}") from None
 
-    axes = [_leaf_axes(seen.layout, dims) for dims in (x_dims, y_dims)]
-    return Op(name, *axes, step, run, low_rank), x
+    x_axes, y_axes = (_leaf_axes(seen, dims) for dims in (x_dims, y_dims))
+    return Op(name, x_axes, y_axes, step, run, low_rank), x
 
 
-def _leaf_axes(seen: Layout | None, dims: Sequence[int | None]) -> tuple[int | None, ...]:
-    if seen is None:
-        return ()
-    at = {factors: dims[j] for j, factors in enumerate(seen.dims) if factors}
-    return tuple(at.get(factors) for factors in seen.base)
+def _leaf_axes(seen: View, dims: Sequence[int | None]) -> tuple[int | None, ...]:
+    if seen.layout is None:
+        return (None,) * jnp.ndim(seen.base)
+    at = {factors: dims[j] for j, factors in enumerate(seen.layout.dims) if factors}
+    return tuple(at.get(factors) for factors in seen.layout.base)
 
 
 def _fit_slices(eqn: core.JaxprEqn, operand: Any) -> core.JaxprEqn:
@@ -187,7 +188,7 @@ def _fit_slices(eqn: core.JaxprEqn, operand: Any) -> core.JaxprEqn:
     if "slice_sizes" not in eqn.params:
         return eqn
     sizes = zip(
-        eqn.params["slice_sizes"], eqn.invars[0].aval.shape, jnp.shape(operand), strict=True
+        eqn.params["slice_sizes"], _jaxpr.aval(eqn.invars[0]).shape, jnp.shape(operand), strict=True
     )
     fit = tuple(new if size == old else size for size, old, new in sizes)
     return eqn.replace(params=eqn.params | {"slice_sizes": fit})
@@ -199,7 +200,7 @@ def _axes(eqn: core.JaxprEqn, position: int, values: Sequence[Any]) -> tuple[lis
     rank = jnp.ndim(values[position])
     x_axes: list[int | None] = [None] * rank
     y_axes: list[int | None] = [None] * rank
-    y_rank = len(eqn.outvars[0].aval.shape)
+    y_rank = len(_jaxpr.aval(eqn.outvars[0]).shape)
     x_rank = 1 if name == "dynamic_slice" else jnp.ndim(values[1 - position])
     if name == "dot_general":
         contract, batch = params["dimension_numbers"]
@@ -223,10 +224,10 @@ def _axes(eqn: core.JaxprEqn, position: int, values: Sequence[Any]) -> tuple[lis
         dn = params["dimension_numbers"]
         gone = {*dn.collapsed_slice_dims, *getattr(dn, "operand_batching_dims", ())}
         for i, k in zip([i for i in range(rank) if i not in gone], dn.offset_dims, strict=True):
-            if params["slice_sizes"][i] == eqn.invars[0].aval.shape[i]:
+            if params["slice_sizes"][i] == _jaxpr.aval(eqn.invars[0]).shape[i]:
                 y_axes[i] = k
     elif name == "dynamic_slice":
-        shape = eqn.invars[0].aval.shape
+        shape = _jaxpr.aval(eqn.invars[0]).shape
         y_axes = [i if params["slice_sizes"][i] == shape[i] else None for i in range(rank)]
     else:
         y_axes = list(range(rank))
@@ -265,7 +266,7 @@ def _low_rank(eqn, position, operand, seen, run_on, x, a, b):
     out = [j for j in range(rank) if j in batch], [j for j in range(rank) if j in produced]
     b = jnp.moveaxis(b, len(groups[0]), -1)
     b = _arrange(b, groups[0] + groups[2], seen, [*out[0], *out[1]]).astype(operand.dtype)
-    dtype = eqn.outvars[0].aval.dtype
+    dtype = _jaxpr.aval(eqn.outvars[0]).dtype
     if name == "dot_general":
         y = _dot_low_rank(eqn, position, x, a, b, into, out)
     elif name == "conv_general_dilated":
@@ -286,16 +287,17 @@ def _roles(eqn, position, operand) -> tuple[set[int], set[int]]:
         return set(), {params["dimension_numbers"].rhs_spec[0]}
     if name == "gather":
         dn = params["dimension_numbers"]
-        if dn.collapsed_slice_dims == dn.start_index_map:
-            if not getattr(dn, "operand_batching_dims", ()):
-                return set(), {i for i in range(rank) if i not in dn.collapsed_slice_dims}
+        whole = [i for i in range(rank) if i not in dn.collapsed_slice_dims]
+        fixed = all(params["slice_sizes"][i] == jnp.shape(operand)[i] for i in whole)
+        if fixed and {*dn.collapsed_slice_dims} == {*dn.start_index_map}:
+            return set(), {*whole}
     if name == "dynamic_slice":
         shape = jnp.shape(operand)
         return set(), {i for i in range(rank) if params["slice_sizes"][i] == shape[i]}
-    raise _NoFactors(f"`{name}` {'in this form ' if name in ('gather',) else ''}is not bilinear")
+    raise _NoFactors(f"`{name}` is not bilinear, or not in a form that factors")
 
 
-def _arrange(factor, leaf_dims, seen: Layout, operand_dims) -> jax.Array:
+def _arrange(factor, leaf_dims, seen: Layout, operand_dims):
     """Take a factor from the leaf's dimensions to the operand's, the rank staying last."""
     have = [f for i in leaf_dims for f in seen.base[i]]
     want = [f for j in operand_dims for f in seen.dims[j]]

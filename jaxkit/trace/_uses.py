@@ -65,8 +65,8 @@ def step(eqn: core.JaxprEqn, tags: Sequence[Tag]) -> Followed:
     leaves = _leaves(tags)
     if not leaves:
         return Followed([Tag(any(t.active for t in tags))] * n_out, [], [], leaves)
-    if fn := _jaxpr.called(eqn):
-        inner = follow(fn, tags)
+    if name in _jaxpr.CALLS:
+        inner = follow(_jaxpr.called(eqn), tags)
         return inner if name in _jaxpr.JIT else _enclosed(eqn, tags, inner)
     if name == "scan":
         return _scan(eqn, tags)
