@@ -1,0 +1,1 @@
+"""What any apply function does with its leaves, read off its jaxpr."""
