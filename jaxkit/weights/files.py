@@ -144,7 +144,8 @@ def _safetensors(path: Path) -> dict[str, Leaf]:
             raise ValueError(f"{path}: leaf {name!r} has dtype {code}, which numpy cannot hold")
         dtype = np.dtype(_SAFETENSORS_DTYPES[code])
         start = 8 + length + header[name]["data_offsets"][0]
-        found[name] = Leaf(shape, dtype, partial(_read_range, path, name, shape, dtype, start))
+        read = partial(_read_range, path.absolute(), name, shape, dtype, start)
+        found[name] = Leaf(shape, dtype, read)
     return found
 
 
@@ -279,8 +280,9 @@ def _result(future: Any, folder: Path, path: str) -> Any:
 
 
 def _line(error: Exception) -> str:
-    """The library's reason in one line, without its source locations."""
-    return re.split(r"\n| \[source locations", str(error).strip() or repr(error))[0][:200]
+    """The library's reason in one line, without the context that it appends in brackets."""
+    reason = str(error).strip() or repr(error)
+    return re.split(r"\n| \[(?:source locations|tensorstore_spec)", reason)[0][:400]
 
 
 # ------------------------------------------------------------------------------------- stats

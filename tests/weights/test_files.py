@@ -140,7 +140,7 @@ def test_a_corrupt_header_is_an_error_of_one_line(tmp_path, content):
     file.write_bytes(content)
     with pytest.raises(ValueError, match=r"bad.safetensors: not a complete safetensors") as caught:
         files.leaves(file)
-    assert "\n" not in str(caught.value) and len(str(caught.value)) < 300 + len(str(file))
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 500 + len(str(file))
 
 
 def test_a_packed_dtype_is_named(tmp_path):
