@@ -357,7 +357,8 @@ def _ranked(tree: PyTree, where: Where) -> tuple[list[Array], list[bool], int]:
     for path, leaf in picked.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{path!r} has dtype {leaf.dtype}, and only real numbers have an order")
-        if not isinstance(leaf, Tracer) and bool(jnp.isnan(leaf).any()):
+        spoiled = jnp.isnan(leaf).any()
+        if not isinstance(spoiled, Tracer) and spoiled:
             raise ValueError(f"{path!r} holds NaN, which has no rank")
     wide = any(leaf.dtype == jnp.float64 for leaf in picked.values())
     return list(picked.values()), chosen, 64 if wide else 32
