@@ -83,11 +83,12 @@ def report(args: list[str]) -> int:
     """Write the page of all results."""
     import tyro
 
-    from experiments import report, runner
+    from experiments import runner
+    from experiments.report import Options, write
 
-    out = tyro.cli(report.Options, args=args, prog="python -m experiments report").out
+    out = tyro.cli(Options, args=args, prog="python -m experiments report").out
     try:
-        print(f"Written: {report.write(out)}")
+        print(f"Written: {write(out)}")
     except runner.Problem as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
@@ -100,7 +101,9 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("\nInterrupted. The same command goes on from the last checkpoint.")
         status = 130
-    except ImportError as error:
+    except ModuleNotFoundError as error:
+        if error.name not in ("tyro", "rich", "matplotlib", "sklearn"):
+            raise
         print(f'error: {error}; pip install -e ".[experiments]"', file=sys.stderr)
         status = 1
     sys.exit(status)

@@ -119,7 +119,7 @@ def table(module: ModuleType, claims: list[Claim]) -> Table:
 # ------------------------------------------------------------------------------- the folder
 
 
-def write(path: Path, content: bytes) -> None:
+def write_file(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: under another name first, then renamed.
 
     Raises:
@@ -137,7 +137,7 @@ def write(path: Path, content: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write a value as JSON, whole or not at all."""
-    write(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def read_json(path: Path) -> Any:
@@ -389,7 +389,7 @@ def _conclude(
 ) -> list[Claim]:
     image = io.BytesIO()
     module.plot(settings, rows).savefig(image, format="png", dpi=150, facecolor="white")
-    write(folder / "figure.png", image.getvalue())
+    write_file(folder / "figure.png", image.getvalue())
     claims: list[Claim] = module.claims(settings, rows)
     _, _, about = (module.__doc__ or "").strip().partition("\n")
     summary = {

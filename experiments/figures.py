@@ -1,0 +1,58 @@
+"""The look that all figures share: colours that the colour-blind can tell apart, few lines."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# Masataka Okabe and Kei Ito, "Color Universal Design"
+BLUE, ORANGE, GREEN, RED, PURPLE, SKY, GREY = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#767676",
+)
+
+_STYLE: dict[Any, Any] = {
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titlelocation": "left",
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.7,
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "errorbar.capsize": 2.5,
+}
+
+
+def panels(rows: int, columns: int, size: tuple[float, float]) -> tuple[Figure, Sequence[Axes]]:
+    """Return a figure of `size` inches and its axes, row by row."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        axes = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
+    return figure, axes
+
+
+def band(axes: Axes, x, values, color: str, label: str, **options) -> None:
+    """Draw the mean over the last axis of `values` against `x`, and the range as a band."""
+    values = np.asarray(values)
+    axes.plot(x, values.mean(-1), color=color, label=label, **options)
+    axes.fill_between(x, values.min(-1), values.max(-1), color=color, alpha=0.18, linewidth=0)
+
+
+def spread(values) -> np.ndarray:
+    """Return how far the range of the last axis reaches below and above the mean: error bars."""
+    values = np.asarray(values)
+    mean = values.mean(-1)
+    return np.stack([mean - values.min(-1), values.max(-1) - mean])
