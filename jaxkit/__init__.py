@@ -1,5 +1,15 @@
 """jaxkit: research on neural-network weights in JAX, as pure functions on pytrees."""
 
-from jaxkit import init, masks, tree
+import importlib
+from typing import TYPE_CHECKING
 
-__all__ = ["init", "masks", "tree"]
+if TYPE_CHECKING:
+    from jaxkit import data, init, masks, trace, tree, weights
+
+__all__ = ["data", "init", "masks", "trace", "tree", "weights"]
+
+
+def __getattr__(name: str):  # families are imported when they are used
+    if name in __all__:
+        return importlib.import_module(f"jaxkit.{name}")
+    raise AttributeError(f"module 'jaxkit' has no attribute {name!r}")
