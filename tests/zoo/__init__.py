@@ -1,15 +1,11 @@
 """Models of many kinds, with their free axes counted by hand."""
 
-from tests.zoo import convolution, dense, linen, recurrent, transformer
+from tests.zoo import convolution, dense, equinox, haiku, linen, nnx, recurrent, transformer
 from tests.zoo.convolution import RESNET_GROUPS, VGG_GROUPS
 from tests.zoo.model import Model
 
-MODELS = (
-    *dense.MODELS,
-    *convolution.MODELS,
-    *transformer.MODELS,
-    *recurrent.MODELS,
-    *linen.MODELS,
-)
+PLAIN = (*dense.MODELS, *convolution.MODELS, *transformer.MODELS, *recurrent.MODELS)
+LIBRARIES = (*linen.MODELS, *nnx.MODELS, *equinox.MODELS, *haiku.MODELS)
+MODELS = (*PLAIN, *LIBRARIES)
 
-__all__ = ["MODELS", "RESNET_GROUPS", "VGG_GROUPS", "Model"]
+__all__ = ["LIBRARIES", "MODELS", "PLAIN", "RESNET_GROUPS", "VGG_GROUPS", "Model"]
