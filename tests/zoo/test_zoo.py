@@ -64,10 +64,26 @@ def test_every_axis_counted_can_be_permuted_and_no_part_of_it_be_spared(built):
             rest = [member for member in groups[axis] if member != spared]
             others = hand.permute(params, rest, where, permutation)
             size = leaves[spared[0]].shape[spared[1]]
-            for entry in {0, where[size].shape[1] - 1}:
+            entries = where[size].shape[1]
+            for entry in {0, entries - 1} if rest or entries > 1 else ():
                 but_one = {size: np.delete(where[size], entry, axis=1)}
                 moved = hand.permute(others, [spared], but_one, permutation)
                 assert _difference(out, run(moved, *args)) > 1e-4, (axis, spared, entry)
+
+
+def test_no_axis_is_two(built):
+    """If some dimensions of an axis could move without the rest, these would be two axes."""
+    model, run, params, args, out = built
+    rng = np.random.default_rng(0)
+    for axis, members in hand.groups(params, model).items():
+        where, n = model.layout[axis], len(members)
+        subsets = range(1, 2 ** (n - 1))  # of two parts, the one without the last dimension
+        if len(subsets) > 31:
+            subsets = rng.integers(1, 2 ** (n - 1), 31)
+        for bits in subsets:
+            some = [member for i, member in enumerate(members) if bits >> i & 1]
+            moved = hand.permute(params, some, where, _some(_size(where)))
+            assert _difference(out, run(moved, *args)) > 1e-4, (axis, some)
 
 
 def test_no_dimension_outside_the_groups_can_be_permuted_alone(built):
