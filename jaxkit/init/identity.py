@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxkit.init._kernel import Axes, initializer
+from jaxkit.init._layout import Axes, initializer
 
 __all__ = ["hadamard", "idi", "idiz", "relu_one", "zero"]
 
@@ -150,8 +150,8 @@ def idi(
     kernel is exactly the identity.
 
     A convolution is the same matrix over (channel, tap) x output: output j copies tap ``j % k`` of
-    channel ``j // k`` with k taps (patch-maintain). Identity starts want SGD with momentum. Behind a
-    relu only inputs that are not negative pass unchanged, so chains of more than about a hundred
+    channel ``j // k`` with k taps (patch-maintain). Identity starts want SGD with momentum. Behind
+    a relu only inputs that are not negative pass unchanged, so chains of more than about a hundred
     relu layers need normalization. Embeddings are not for it.
 
     Args:
