@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 
@@ -18,10 +19,10 @@ def init(key: PRNGKeyArray, sizes: Sequence[int]) -> PyTree:
 
 
 def logits(
-    params: PyTree, images: Float[Array, "n height width channels"]
+    params: PyTree, images: Float[Array | np.ndarray, "n height width channels"]
 ) -> Float[Array, "n classes"]:
     """Bring every image to mean 0 and standard deviation 1, and apply the layers."""
-    x = images.reshape(images.shape[0], -1)
+    x = jnp.reshape(images, (images.shape[0], -1))
     x = (x - x.mean(1, keepdims=True)) / jnp.maximum(x.std(1, keepdims=True), 1e-3)
     for i in range(len(params)):
         layer = params[f"layer_{i}"]

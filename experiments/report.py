@@ -32,9 +32,12 @@ def write(out: Path) -> Path:
     ]
     if not results:
         raise Problem(f"{out} holds no results; `python -m experiments run NAME` makes some")
-    page = out / "report.html"
-    write_file(page, _page(results).encode())
-    return page
+    try:
+        page = _page(results).encode()
+    except KeyError as error:
+        raise Problem(f"a result in {out} lacks {error}") from error
+    write_file(out / "report.html", page)
+    return out / "report.html"
 
 
 def _finished(folder: Path) -> dict[str, Any] | None:
@@ -208,6 +211,7 @@ pre {
 }
 code { font-family: ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; }
 p code, td code { font-size: 0.9em; }
+@media (min-width: 40rem) { p code { white-space: nowrap; } }
 details { font-size: 0.94rem; }
 summary { cursor: pointer; color: var(--link); }
 @media print { section { break-inside: avoid; border: 0; padding: 0; } }

@@ -30,6 +30,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from matplotlib import rc_context
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -42,7 +43,7 @@ from rich.progress import (
 from rich.table import Table
 
 import jaxkit
-from experiments import Claim, Row, Run
+from experiments import Claim, Row, Run, figures
 
 
 class Problem(Exception):
@@ -260,13 +261,15 @@ def _compute(
     metrics = folder / "metrics.jsonl"
     with _checkpoints(folder) as manager:
         done, state, rows, before = _restore(manager, run, metrics)
-        if done:
+        if 0 < done < run.steps:
             console.print(f"Resuming at step {done} of {run.steps}.")
         start = saved = time.monotonic()
 
         def seconds():
             return before + time.monotonic() - start
 
+        if done == run.steps:
+            return rows, before
         with _progress(console) as progress, _patience(console) as stop:
             bar = progress.add_task("compiling", total=run.steps, completed=done)
             for i in range(done, run.steps):
@@ -308,7 +311,7 @@ def _checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
 
 
 def _save(folder: Path, manager, step: int, state: Any, rows: int, seconds: float) -> None:
-    tree = {"state": state, "rows": np.int64(rows), "seconds": np.float64(seconds)}
+    tree = {"state": state, "rows": np.array(rows), "seconds": np.array(seconds)}
     try:
         manager.save(step, args=ocp.args.StandardSave(tree))
     except Exception as error:  # orbax and tensorstore raise many kinds
@@ -324,7 +327,7 @@ def _restore(manager, run: Run, metrics: Path) -> tuple[int, Any, list[Row], flo
     if done is None:
         done, state, rows, seconds = 0, run.init(), 0, 0.0
     else:
-        target = {"state": jax.eval_shape(run.init), "rows": np.int64(0), "seconds": np.float64(0)}
+        target = {"state": jax.eval_shape(run.init), "rows": np.array(0), "seconds": np.array(0.0)}
         try:
             tree = manager.restore(done, args=ocp.args.StandardRestore(target))
         except Exception as error:  # orbax and tensorstore raise many kinds
@@ -388,7 +391,8 @@ def _conclude(
     folder: Path, name: str, module: ModuleType, settings: Any, rows: list[Row], seconds: float
 ) -> list[Claim]:
     image = io.BytesIO()
-    module.plot(settings, rows).savefig(image, format="png", dpi=150, facecolor="white")
+    with rc_context(figures.STYLE):
+        module.plot(settings, rows).savefig(image, format="png", dpi=160, facecolor="white")
     write_file(folder / "figure.png", image.getvalue())
     claims: list[Claim] = module.claims(settings, rows)
     _, _, about = (module.__doc__ or "").strip().partition("\n")
