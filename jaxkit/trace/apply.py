@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from jaxkit import tree
@@ -82,7 +83,7 @@ def take(params: PyTree, axes: PyTree, indices: Mapping[str, Int[Array, " units"
                 "and an integer vector was due"
             )
         size = known[name].size
-        if not isinstance(index, jax.core.Tracer):
+        if not isinstance(index, Tracer):
             outside = (np.asarray(index) < 0) | (np.asarray(index) >= size)
             if outside.any():
                 bad = np.asarray(index)[outside][0]
@@ -129,7 +130,7 @@ def permute(
             raise ValueError(
                 f"axis {name!r} has size {size}, and its permutation the shape {np.shape(p)}"
             )
-        if not isinstance(p, jax.core.Tracer) and (np.sort(np.asarray(p)) != np.arange(size)).any():
+        if not isinstance(p, Tracer) and (np.sort(np.asarray(p)) != np.arange(size)).any():
             raise ValueError(f"axis {name!r}: not a permutation of 0 ... {size - 1}: {p}")
     return take(params, axes, permutations)
 
@@ -171,7 +172,7 @@ def check(
     >>> check(mlp, params, axes, (jnp.ones((1, 2)),))
     Traceback (most recent call last):
     ...
-    ValueError: not an axis of this function: 'mlp' of size 3 (w:1, v:0) changes an output by ...
+    ValueError: not an axis of this function: 'mlp' of size 3 (v:0, w:1) changes an output by ...
     """
     if key is None:
         key = jax.random.key(0)

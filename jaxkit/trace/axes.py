@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -153,6 +152,7 @@ def axes(apply_fn: Callable[..., Any], params: PyTree, *args: Any) -> PyTree:
     Raises:
       TypeError: a leaf or an argument is no array, or the function needs a concrete value.
 
+    >>> import jax.numpy as jnp
     >>> params = {"up": {"b": jnp.ones(5), "w": jnp.ones((3, 5))}, "down": jnp.ones((5, 2))}
     >>> mlp = lambda p, x: jax.nn.relu(x @ p["up"]["w"] + p["up"]["b"]) @ p["down"]
     >>> found = axes(mlp, params, jnp.ones((4, 3)))
@@ -213,8 +213,11 @@ def unfollowed(apply_fn: Callable[..., Any], params: PyTree, *args: Any) -> tupl
     Raises:
       TypeError: as for `axes`.
 
-    >>> listed = unfollowed(lambda p, x: x @ jnp.linalg.qr(p["w"])[0], {"w": jnp.ones((3, 3))}, 1.0)
-    ... # doctest: +SKIP
+    >>> import jax.numpy as jnp
+    >>> params = {"w": jnp.ones((3, 3)), "v": jnp.ones((3, 2)), "u": jnp.ones(5)}
+    >>> hidden = lambda p, x: x @ jnp.linalg.inv(p["w"]) @ p["v"]
+    >>> [(u.primitive, u.leaves) for u in unfollowed(hidden, params, jnp.ones(3))]
+    [('lu', ('w',)), ('custom_linear_solve', ...), ('unread', ('u',))]
     """
     trace = run(apply_fn, params, args)
     found: dict[tuple[str, str, str], dict[str, None]] = {}

@@ -5,6 +5,7 @@ from typing import Any
 
 from jax.extend import core
 
+from jaxkit.trace import stacked
 from jaxkit.trace.rules import ARITHMETIC, ELEMENTWISE
 from jaxkit.trace.shapes import SHAPES
 from jaxkit.trace.terms import fix, fixed, is_fixed
@@ -39,11 +40,7 @@ _CALLS = {
     "custom_lin": "jaxpr",
     "composite": "jaxpr",
 }
-_RANDOM = frozenset(
-    """random_bits random_seed random_split random_fold_in random_gamma random_wrap random_unwrap
-    random_clone rng_bit_generator rng_uniform threefry2x32 philox2x32 philox4x32
-    iota_2x32_shape""".split()
-)
+_RANDOM = ("random_", "rng_", "threefry", "philox", "iota_2x32")
 
 
 def interpret(state: State, jaxpr: Any, consts: Sequence[Any], values: Sequence[Value]):
@@ -57,8 +54,17 @@ def interpret(state: State, jaxpr: Any, consts: Sequence[Any], values: Sequence[
     def read(atom: Any) -> Value:
         return const(atom.val) if isinstance(atom, core.Literal) else env[atom]
 
+    users: stacked.Uses = {}
     for eqn in jaxpr.eqns:
-        outs = _apply(state, eqn, [read(a) for a in eqn.invars])
+        inner = [read(a) for a in eqn.invars]
+        outs = None
+        if eqn.primitive.name == "reshape":
+            users = users or stacked.uses(jaxpr)
+            stack = stacked.stack(state, eqn, inner[0], users)
+            outs = stack and [stack]
+        elif inner and inner[0].blocks:
+            outs = stacked.index(state, eqn, inner[0])
+        outs = outs or _apply(state, eqn, inner)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(a) for a in jaxpr.outvars]
 
@@ -78,7 +84,7 @@ def _apply(state: State, eqn: Any, values: list[Value]) -> list[Value]:
     values = [refresh(v) for v in values]
     rule = ARITHMETIC.get(name) or SHAPES.get(name)
     if rule is None:
-        random = name in _RANDOM
+        random = name.startswith(_RANDOM)
         why = "a random draw is not uniform" if random else "no rule for this primitive"
         return give_up(state, eqn, values, why)
     outs = rule(state, eqn, values)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -45,6 +44,7 @@ def roles(apply_fn: Callable[..., Any], params: PyTree, *args: Any) -> PyTree:
     Raises:
       TypeError: as for `axes`.
 
+    >>> import jax.numpy as jnp
     >>> params = {"b": jnp.ones(5), "w": jnp.ones((3, 5))}
     >>> found = roles(lambda p, x: x @ p["w"] + p["b"], params, jnp.ones((4, 3)))
     >>> found["w"]

@@ -24,23 +24,27 @@ from jaxkit.trace.values import (
     tie,
 )
 
-# f(0) = 0
-_KEEPS_ZERO = """
-    abs asin asinh atan atanh cbrt ceil conj convert_element_type copy copy_p cumsum
-    device_put erf erf_inv expm1 floor imag layout_constraint log1p name neg
-    optimization_barrier real reduce_precision reshard round sharding_constraint sign sin sinh
-    sqrt square stop_gradient tan tanh pvary
-""".split()
-_ALL_ZERO = "add add_any sub max min or xor complex".split()
-_ANY_ZERO = "mul and".split()
-_OTHER = """
-    acos acosh atan2 bessel_i0e bessel_i1e clamp clz cos cosh digamma div eq eq_to erfc exp exp2
-    ge gt igamma igamma_grad_a igammac integer_pow is_finite le le_to lgamma log logistic lt lt_to
-    mulhi ne nextafter not polygamma population_count pow regularized_incomplete_beta rem rsqrt
-    select_n shift_left shift_right_arithmetic shift_right_logical zeta
-""".split()
-ELEMENTWISE = frozenset([*_KEEPS_ZERO, *_ALL_ZERO, *_ANY_ZERO, *_OTHER]) - {"cumsum"}
-_LINEAR = frozenset("convert_element_type copy copy_p neg reduce_precision stop_gradient".split())
+
+def _names(*lines: str) -> frozenset[str]:
+    return frozenset(name for line in lines for name in line.split())
+
+
+_KEEPS_ZERO = _names(  # f(0) = 0
+    "abs asin asinh atan atanh cbrt ceil conj convert_element_type copy copy_p device_put erf",
+    "erf_inv expm1 floor imag layout_constraint log1p name neg optimization_barrier pvary real",
+    "reduce_precision reshard round sharding_constraint sign sin sinh sqrt square stop_gradient",
+    "tan tanh",
+)
+_ALL_ZERO = _names("add add_any sub max min or xor complex")  # f(0, 0) = 0
+_ANY_ZERO = _names("mul and")  # f(0, x) = f(x, 0) = 0
+_OTHER = _names(
+    "acos acosh atan2 bessel_i0e bessel_i1e clamp clz cos cosh digamma div eq eq_to erfc exp exp2",
+    "ge gt igamma igamma_grad_a igammac integer_pow is_finite le le_to lgamma log logistic lt",
+    "lt_to mulhi ne nextafter not polygamma population_count pow regularized_incomplete_beta rem",
+    "rsqrt select_n shift_left shift_right_arithmetic shift_right_logical zeta",
+)
+ELEMENTWISE = _KEEPS_ZERO | _ALL_ZERO | _ANY_ZERO | _OTHER
+_LINEAR = _names("convert_element_type copy copy_p neg reduce_precision stop_gradient")
 
 
 def _is_zero(v: Value) -> bool:
@@ -58,7 +62,7 @@ def _zero(eqn: Any, flags: Sequence[bool], values: Sequence[Value]) -> bool:
         return all(flags)
     if name in _ANY_ZERO:
         return any(flags)
-    if name in ("div", "rem", *_KEEPS_ZERO):
+    if name in ("div", "rem") or name in _KEEPS_ZERO:
         return flags[0]
     if name == "select_n":
         return all(flags[1:])
@@ -298,8 +302,16 @@ def cumulative(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
 
 
 def sort(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
-    """The order is the answer."""
-    return _along(state, eqn, values, eqn.params["dimension"], zero=False)
+    """The result is ranked: its dimension is fixed. One operand alone may come in any order."""
+    at = eqn.params["dimension"]
+    if len(values) > 1:
+        return _along(state, eqn, values, at, zero=False)
+    (v,) = values
+    if not is_fixed(v.dims[at].term):
+        pin(v.dims[at].term, reason(state, "ranks"))
+    dims = list(v.dims)
+    dims[at] = Dim(fixed(find(v.dims[at].term).size), zero=True)
+    return [derive(values, dims)]
 
 
 def top_k(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:

@@ -46,11 +46,15 @@ def _combine(dims: Sequence[Dim], sizes: Sequence[int], why: Any) -> list[Dim]:
 
 def reshape(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
     """Dimensions that are split or merged become factors of a product."""
-    v, sizes = values[0], eqn.outvars[0].aval.shape
     if eqn.params.get("dimensions") is not None:
         return give_up(state, eqn, values, "a reshape that also transposes")
+    return [reshaped(state, eqn, values[0], eqn.outvars[0].aval.shape)]
+
+
+def reshaped(state: State, eqn: Any, v: Value, sizes: Sequence[int]) -> Value:
+    """Reshape a value."""
     if 0 in sizes:
-        return [_with(v, [_fixed(n) for n in sizes])]
+        return _with(v, [_fixed(n) for n in sizes])
     why = (eqn, "a reshape that cuts across axes")
     old = [d for d in v.dims if _size(d) != 1]
     new = [n for n in sizes if n != 1]
@@ -58,7 +62,7 @@ def reshape(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
     for before, after in runs([_size(d) for d in old], new):
         made += _combine([old[i] for i in before], [new[j] for j in after], why)
     rest = iter(made)
-    return [_with(v, [_ONE if n == 1 else next(rest) for n in sizes])]
+    return _with(v, [_ONE if n == 1 else next(rest) for n in sizes])
 
 
 def transpose(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
@@ -111,8 +115,11 @@ def _block(d: Dim, start: int, size: int) -> Dim:
     return d._replace(term=middle[0], zero=d.zero or is_fixed(middle[0]))
 
 
-def _every(d: Dim, start: int, size: int, stride: int) -> Dim:
-    """Every stride-th entry: one column of the dimension, written as rows of `stride` entries."""
+def block(d: Dim, start: int, size: int, stride: int = 1) -> Dim:
+    """Return every stride-th of the entries from `start`.
+
+    With a stride they are one column of the dimension, written as rows of `stride` entries.
+    """
     n = _size(d)
     if stride == 1 or size == n:
         return _block(d, start, size)
@@ -132,7 +139,7 @@ def slice_(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
     strides = p["strides"] or (1,) * len(v.dims)
     sizes = eqn.outvars[0].aval.shape
     each = zip(v.dims, p["start_indices"], sizes, strides, strict=True)
-    return [_with(v, [_every(*args) for args in each])]
+    return [_with(v, [block(*args) for args in each])]
 
 
 def split(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
@@ -288,8 +295,9 @@ def gather(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
     v, index = values
     p = eqn.params
     numbers, sizes = p["dimension_numbers"], p["slice_sizes"]
-    lookup = len(index.dims) > 1 and math.prod(_size(d) for d in index.dims[:-1]) > 1
-    fix(index.dims[-1].term)
+    *batch, last = index.dims
+    lookup = math.prod(_size(d) for d in batch) > 1
+    fix(last.term)
     starts: list[int | None] = [None] * len(v.dims)
     if index.array is not None and not lookup:
         for d, start in zip(numbers.start_index_map, np.ravel(index.array), strict=True):
@@ -307,12 +315,14 @@ def gather(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
         taken = _at(dim, starts[d], sizes[d])
         if d not in numbers.collapsed_slice_dims:
             window.append(taken)
-    batch = list(index.dims[:-1])
-    for d, i in zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True):
-        batch[i] = align(state, (v.dims[d], index.dims[i]))._replace(zero=v.dims[d].zero)
-    for i in range(len(batch)):
-        if i not in numbers.start_indices_batching_dims:
-            batch[i] = batch[i]._replace(zero=is_fixed(batch[i].term), origin=frozenset())
+    tied = dict(
+        zip(numbers.start_indices_batching_dims, numbers.operand_batching_dims, strict=True)
+    )
+    for i, dim in enumerate(batch):
+        if i in tied:
+            batch[i] = align(state, (v.dims[tied[i]], dim))._replace(zero=v.dims[tied[i]].zero)
+        else:
+            batch[i] = dim._replace(zero=is_fixed(dim.term), origin=frozenset())
     out: list[Dim | None] = [None] * len(eqn.outvars[0].aval.shape)
     for at, dim in zip(numbers.offset_dims, window, strict=True):
         out[at] = dim

@@ -57,6 +57,8 @@ class Value(NamedTuple):
     params: depends on params.
     scale: the product of the constants it was just multiplied by.
     sums: the terms it was just summed over.
+    blocks: a dimension, and the values at each index of it, of a value that is followed block by
+      block (`jaxkit.trace.stacked`); `dims` is then empty.
     """
 
     dims: tuple[Dim, ...]
@@ -66,6 +68,7 @@ class Value(NamedTuple):
     params: bool = False
     scale: float = 1.0
     sums: tuple[Term, ...] = ()
+    blocks: "tuple[int, tuple[Value, ...]] | None" = None
 
 
 Note = tuple[Any, str]  # an equation, and what about it could not be followed
