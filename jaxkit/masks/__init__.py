@@ -4,6 +4,7 @@ from jaxkit.masks.allocate import erk, uniform
 from jaxkit.masks.report import Report, report
 from jaxkit.masks.score import magnitude, random, snip
 from jaxkit.masks.select import Mask, apply, topk
+from jaxkit.masks.structured import Shrunk, shrink, units
 from jaxkit.masks.train import (
     Rule,
     SparseState,
@@ -20,6 +21,7 @@ __all__ = [
     "Mask",
     "Report",
     "Rule",
+    "Shrunk",
     "SparseState",
     "apply",
     "current",
@@ -31,9 +33,11 @@ __all__ = [
     "regrow",
     "report",
     "rigl",
+    "shrink",
     "snip",
     "sparse",
     "topk",
     "uniform",
+    "units",
     "update_mask",
 ]
