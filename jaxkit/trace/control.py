@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 from jax.extend import core
 
 from jaxkit.trace import stacked
@@ -52,7 +53,7 @@ def interpret(state: State, jaxpr: Any, consts: Sequence[Any], values: Sequence[
     env.update(zip(jaxpr.invars, values, strict=True))
 
     def read(atom: Any) -> Value:
-        return const(atom.val) if isinstance(atom, core.Literal) else env[atom]
+        return _literal(atom) if isinstance(atom, core.Literal) else env[atom]
 
     users: stacked.Uses = {}
     for eqn in jaxpr.eqns:
@@ -67,6 +68,12 @@ def interpret(state: State, jaxpr: Any, consts: Sequence[Any], values: Sequence[
         outs = outs or _apply(state, eqn, inner)
         env.update(zip(eqn.outvars, outs, strict=True))
     return [read(a) for a in jaxpr.outvars]
+
+
+def _literal(atom: Any) -> Value:
+    if isinstance(atom.val, bool | int | float | complex):
+        return Value((), np.asarray(atom.val, atom.aval.dtype))
+    return const(atom.val)
 
 
 def _apply(state: State, eqn: Any, values: list[Value]) -> list[Value]:

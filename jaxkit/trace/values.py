@@ -36,6 +36,23 @@ from jaxkit.trace.terms import (
 Pair = tuple[int, int]
 _NONE: frozenset = frozenset()
 _LARGEST = 1 << 20  # constants with more distinct entries are not evaluated
+_EXACT = {  # what numpy computes bit for bit as XLA does, without a compilation
+    "add": np.add,
+    "sub": np.subtract,
+    "mul": np.multiply,
+    "max": np.maximum,
+    "min": np.minimum,
+    "neg": np.negative,
+    "and": np.bitwise_and,
+    "or": np.bitwise_or,
+    "not": np.invert,
+    "lt": np.less,
+    "le": np.less_equal,
+    "gt": np.greater,
+    "ge": np.greater_equal,
+    "eq": np.equal,
+    "ne": np.not_equal,
+}
 
 
 class Dim(NamedTuple):
@@ -186,6 +203,11 @@ def evaluate(eqn: Any, values: Sequence[Value], same_shape: bool) -> list[np.nda
     name = eqn.primitive.name
     if name in ("device_put", "sharding_constraint", "optimization_barrier", "name", "reshard"):
         return arrays
+    if name == "iota":
+        shape, at = eqn.params["shape"], eqn.params["dimension"]
+        ramp = np.arange(shape[at], dtype=eqn.params["dtype"])
+        inner = [-1 if d == at else 1 for d in range(len(shape))]
+        return [np.broadcast_to(ramp.reshape(inner), shape)]
     if name == "broadcast_in_dim":
         (array,), shape = arrays, eqn.params["shape"]
         inner = [1] * len(shape)
@@ -202,6 +224,10 @@ def evaluate(eqn: Any, values: Sequence[Value], same_shape: bool) -> list[np.nda
         return None
     if max((a.size for a in arrays), default=0) > _LARGEST:
         return None
+    if name in _EXACT:
+        with np.errstate(all="ignore"):
+            out = _EXACT[name](*arrays).astype(eqn.outvars[0].aval.dtype)
+        return [out if squeezed is None else np.broadcast_to(out, shapes[-1])]
     with jax.ensure_compile_time_eval():
         outs = eqn.primitive.bind(*map(jnp.asarray, arrays), **eqn.params)
     outs = outs if eqn.primitive.multiple_results else [outs]
