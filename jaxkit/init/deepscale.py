@@ -147,11 +147,11 @@ def deepscale(
         return (lambda2 * s * r + beta2 * c) / total, total
 
     def layer(state, _):
-        r, s = add(*state, keep)
+        r, s = add(state[0], state[1], keep)
         return add(r, s, keep * activation_correlation(r)), state[0]
 
     start = (correlation * keep, jnp.ones_like(keep))
-    (last, _), along = jax.lax.scan(layer, start, length=layers)
+    (last, _), along = jax.lax.scan(layer, start, None, length=layers)
     narrow = jnp.sqrt(jnp.full((), 1 / width))
     return DeepScale(
         embedding=jnp.sqrt(keep / embeddings),

@@ -343,6 +343,7 @@ def mimetic_ssm(
     separate = b is not None and c is not None and dt_b_c is None and state is None
     if not separate and (dt_b_c is None or state is None or b is not None or c is not None):
         raise ValueError("either b and c are due, or dt_b_c and state")
+    width = 0 if state is None else state
     constant, zeros = jax.nn.initializers.constant, jax.nn.initializers.zeros
     pairs = [
         (a_log, constant(-math.log(horizon))),
@@ -368,12 +369,12 @@ def mimetic_ssm(
         if dt_b_c is not None:
             for path in hits(dt_b_c):
                 leaf = new[path]
-                rank = leaf.shape[-1] - 2 * state
+                rank = leaf.shape[-1] - 2 * width
                 if rank < 0:
                     raise ValueError(
-                        f"{path!r} has shape {leaf.shape}, and {2 * state} or more columns were due"
+                        f"{path!r} has shape {leaf.shape}, and {2 * width} or more columns were due"
                     )
-                both = jnp.concatenate(tied(keys[path], (*leaf.shape[:-1], state)), axis=-1)
+                both = jnp.concatenate(tied(keys[path], (*leaf.shape[:-1], width)), axis=-1)
                 kept = jnp.asarray(leaf[..., :rank])
                 new[path] = jnp.concatenate([kept, both.astype(leaf.dtype)], axis=-1)
         else:
