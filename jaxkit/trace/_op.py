@@ -15,12 +15,15 @@ from jax import lax
 from jax.extend import core
 
 from jaxkit.trace import _jaxpr
+from jaxkit.trace._uses import ELEMENTWISE
 
 Factor = tuple[tuple[int, ...], int]  # (name, size)
 Dims = tuple[tuple[Factor, ...], ...]
 
 # One operand's entries, moved nowhere: in their own right (CASTS), or changed one by one.
-CASTS = frozenset({"convert_element_type", "copy", "copy_p", "name", "sharding_constraint"})
+CASTS = frozenset(
+    ["convert_element_type", "copy", "copy_p", "name", "sharding_constraint", "pvary", "pcast"]
+)
 POINTWISE = frozenset(
     ["add", "add_any", "sub", "mul", "div", "max", "min", "neg", "sign", "abs", "round", "floor"]
     + ["ceil", "exp", "log", "tanh", "logistic", "sqrt", "rsqrt", "square", "integer_pow", "pow"]
@@ -229,7 +232,7 @@ def _axes(eqn: core.JaxprEqn, position: int, values: Sequence[Any]) -> tuple[lis
     elif name == "dynamic_slice":
         shape = _jaxpr.aval(eqn.invars[0]).shape
         y_axes = [i if params["slice_sizes"][i] == shape[i] else None for i in range(rank)]
-    else:
+    elif name in ELEMENTWISE:
         y_axes = list(range(rank))
         x_axes = [i if x_rank == rank else None for i in range(rank)]
     negative = lambda axes, n: [None if i is None else i - n for i in axes]

@@ -3,8 +3,8 @@
 A value is *active* once it depends on the arguments after params, or is the output of an operation
 on a leaf. A value that is not active is still a weight: a function of leaves and constants (a cast,
 a transpose, a product with a mask). An equation *uses* a leaf where a value that stands for the
-leaf goes into a contraction (dot_general, conv_general_dilated) or a lookup (gather,
-dynamic_slice), or meets an active value in add, sub, mul or div.
+leaf goes into a contraction (dot_general, conv_general_dilated, ragged_dot_general) or a lookup
+(gather, dynamic_slice), or meets an active value in add, sub, mul or div.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from jax.extend import core
 
 from jaxkit.trace import _jaxpr
 
-CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated"})
+CONTRACTIONS = frozenset({"dot_general", "conv_general_dilated", "ragged_dot_general"})
 ELEMENTWISE = frozenset({"add", "add_any", "sub", "mul", "div"})
 OPAQUE = frozenset({"shard_map", "xla_pmap", "pallas_call", "pure_callback", "io_callback"})
 

@@ -5,12 +5,16 @@ jaxpr and run it again with the same primitives; they work under jit, vmap and g
 front end: flax (close over rng names and static arguments), NNX (``nnx.split``/``nnx.merge``),
 Equinox (``eqx.partition``/``eqx.combine``), Haiku, plain functions.
 
-**The operation of a leaf** is a contraction (dot_general, conv_general_dilated) or a lookup
-(gather, dynamic_slice at an index that depends on the input) that the leaf goes into, or the add,
-sub, mul or div in which it meets an activation (biases, gains). On the way the leaf may be cast,
-transposed, reshaped, sliced, masked, normalized, combined with other leaves and constants. What
-depends on an argument is an activation, and so is what comes out of an operation. (Close over
-masks: as arguments they are activations, and the product with the mask is the operation.)
+**The operation of a leaf** is a contraction (dot_general, conv_general_dilated,
+ragged_dot_general) or a lookup (gather, dynamic_slice at an index that depends on the input) that
+the leaf goes into, or the add, sub, mul or div in which it meets an activation (biases, gains). On
+the way the leaf may be cast, transposed, reshaped, sliced, masked, normalized, combined with other
+leaves and constants. What depends on an argument is an activation, and so is what comes out of an
+operation. (Close over masks: as arguments they are activations, and the product with the mask is
+the operation.)
+
+Under jit the output is that of `apply_fn` bit for bit, as far as the compiler fuses alike. Run
+eagerly, functions jitted inside that hold an operation run equation by equation.
 
 Operations are found inside jit, remat, scan, cond, while, custom_jvp and custom_vjp. A function
 with a custom derivative is left whole where no chosen leaf has its operation inside; where one
@@ -39,7 +43,8 @@ def taps(
     """Return ``fn(params, *args) -> (apply_fn(params, *args), {path: Tap})``.
 
     For a dense leaf W: ``Tap.input = x`` and ``Tap.output = x W``. The dict is in order of
-    execution, under jit too. It costs one forward pass, and the memory of the taps in use.
+    execution, under jit too. It costs one forward pass, and the memory of the taps in use. Every
+    call traces apply_fn anew: jit what you call in a loop.
 
     Args:
       apply_fn: ``apply_fn(params, *args)``; every argument is traced, so close over static ones and
