@@ -56,5 +56,8 @@ def roles(apply_fn: Callable[..., Any], params: PyTree, *args: Any) -> PyTree:
     found = []
     for i, leaf in enumerate(trace.leaves.values()):
         dims = tuple(trace.state.roles.get((i, d)) for d in range(np.ndim(leaf)))
-        found.append(Role(trace.state.kinds.get(i, "other"), dims))
+        kind = trace.state.kinds.get(i, "other")
+        if kind == "kernel" and "consumed" not in dims:
+            kind = "other"  # learned queries: contracted with a kernel, as data are
+        found.append(Role(kind, dims))
     return jax.tree.unflatten(jax.tree.structure(params), found)

@@ -114,20 +114,23 @@ def elementwise(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [out]
 
 
+def bitcast(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
+    """Entry by entry if the widths agree."""
+    (v,) = values
+    if len(eqn.outvars[0].aval.shape) != len(v.dims):
+        return give_up(state, eqn, values, "a bitcast to another width")
+    return [v._replace(array=None, scale=1.0, sums=())]
+
+
 def _scale(state: State, name: str, values: Sequence[Value], out: Value) -> Value:
-    """Remember multiplication by one number; recognize a mean, and scaling by the size."""
+    """Remember multiplication by one number."""
     for v, number in (values, values[::-1])[: 2 if name == "mul" else 1]:
         if number.array is None or v.array is not None or not number.array.size:
             continue
         first = number.array.flat[0]
         if all(d.uniform for d in number.dims) and np.isrealobj(first) and first != 0:
             c = float(first) if name == "mul" else 1 / float(first)
-            total = math.prod(find(t).size for t in v.sums)
-            if v.sums and _close(c * v.scale, 1 / total):
-                for t in v.sums:
-                    pin(t, reason(state, "mean"))
-            else:
-                by_size(state, c * v.scale, v.sums)
+            by_size(state, c * v.scale, v.sums)
             return out._replace(scale=v.scale * c, sums=v.sums)
     return out
 
@@ -137,8 +140,17 @@ def _close(c: float, power: float) -> bool:
 
 
 def by_size(state: State, c: float, terms: Sequence[Term]) -> None:
-    """Write down the terms whose size a constant seems to be computed from."""
-    if c == 1.0:
+    """Recognize a constant next to a sum over `terms` that is computed from their size.
+
+    With the inverse of the number of entries the sum is a mean, and pins the axes. Another power
+    of the size of an axis is written down.
+    """
+    if c == 1.0 or not terms:
+        return
+    if _close(c, 1 / math.prod(find(t).size for t in terms)):
+        for t in terms:
+            if not is_fixed(t):
+                pin(t, reason(state, "mean"))
         return
     for t in terms:
         n = find(t).size
@@ -185,8 +197,15 @@ def dot_general(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
             roles = dict.fromkeys(contracted, role) | dict.fromkeys(batched, "")
             if both:  # the product goes on: what its free dimensions do is not known yet
                 roles |= {d: "" for d in range(len(v.dims)) if d not in contracted}
-            assign(state, v, "kernel", roles)
+            _kernel(state, v, contracted, roles)
     return [out._replace(sums=sums[: len(lc)])]
+
+
+def _kernel(state: State, v: Value, contracted: Sequence[int], roles: dict[int, str]) -> None:
+    """Write down the leaves behind an operand; those that only scale its results are gains."""
+    leaves = frozenset(leaf for d in contracted for leaf, _ in v.dims[d].origin)
+    assign(state, v._replace(leaves=leaves), "kernel", roles)
+    assign(state, v, "gain", roles)
 
 
 def conv(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
@@ -233,7 +252,7 @@ def conv(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
     if result.data:
         assign(state, lhs, "other")
         taps = dict.fromkeys(spec.rhs_spec[2:], "")
-        assign(state, rhs, "kernel", {**taps, spec.rhs_spec[1]: "consumed"})
+        _kernel(state, rhs, spec.rhs_spec[1:2], {**taps, spec.rhs_spec[1]: "consumed"})
     return [result]
 
 
@@ -248,10 +267,7 @@ def reduce_sum(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
         if not (dim.zero or dim.uniform or is_fixed(dim.term)):
             pin(dim.term, reason(state, "sum over values that are not zero for a removed unit"))
     terms = tuple(v.dims[d].term for d in axes)
-    total = math.prod(find(t).size for t in terms)
-    if total > 1 and _close(v.scale, 1 / total):
-        for t in terms:
-            pin(t, reason(state, "mean"))
+    by_size(state, v.scale, terms)
     return [_dropped(v, axes)._replace(scale=1.0, sums=terms)]
 
 
@@ -350,6 +366,7 @@ def fft(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
 
 
 ARITHMETIC = dict.fromkeys(ELEMENTWISE, elementwise) | {
+    "bitcast_convert_type": bitcast,
     "dot_general": dot_general,
     "conv_general_dilated": conv,
     "reduce_sum": reduce_sum,
