@@ -95,24 +95,15 @@ def entries(eqn: core.JaxprEqn, tags: Sequence[Tag]) -> dict[str, int]:
     return {}
 
 
-def _enclosed(
-    eqn: core.JaxprEqn, tags: Sequence[Tag], inner: Followed, kept: Sequence[bool] = ()
-) -> Followed:
-    """An equation around a function: its output is a weight only if all of it is, without a use.
-
-    The first outputs that are `kept` come out as they went in, and keep their tags.
-    """
+def _enclosed(eqn: core.JaxprEqn, tags: Sequence[Tag], inner: Followed) -> Followed:
+    """An equation around a function: its output is a weight only if all of it is, without a use."""
     if not inner.uses and not any(t.active for t in tags):
         return Followed([Tag(False, _leaves(tags))] * len(eqn.outvars), [], [], inner.read)
     name = eqn.primitive.name
-    kept = [*kept, *[False] * (len(inner.tags) - len(kept))]
-    out = [
-        t if keep else Tag(t.active or bool(t.leaves))
-        for t, keep in zip(inner.tags, kept, strict=True)
-    ]
-    gone = _leaves([t for t, keep in zip(inner.tags, kept, strict=True) if not keep])
-    lost = [(path, f"comes out of `{name}` at {_jaxpr.source(eqn)}") for path in sorted(gone)]
+    why = f"comes out of `{name}` at {_jaxpr.source(eqn)}"
+    lost = [(path, why) for path in sorted(_leaves(inner.tags))]
     uses = [use._replace(within=(name, *use.within)) for use in inner.uses]
+    out = [Tag(t.active or bool(t.leaves)) for t in inner.tags]
     return Followed(out, uses, inner.losses + lost, inner.read)
 
 
@@ -120,29 +111,20 @@ def _leaves(tags: Sequence[Tag]) -> frozenset[str]:
     return frozenset().union(*(t.leaves for t in tags))
 
 
-def invariant(body: core.ClosedJaxpr, first: int, count: int) -> list[bool]:
-    """Tell which of a loop's carried values, inputs from `first` on, the body hands on as is."""
-    pairs = zip(body.jaxpr.outvars[:count], body.jaxpr.invars[first : first + count], strict=True)
-    return [out is into for out, into in pairs]
-
-
 def loop(
     body: core.ClosedJaxpr, consts: Sequence[Tag], init: Sequence[Tag], xs: Sequence[Tag]
 ) -> tuple[list[Tag], Followed]:
     """Return the tags of a loop's carry at every iteration, and the body followed under them.
 
-    What the body hands on as is keeps its tag; what changes is no leaf any more, and is active
-    if it ever becomes so.
+    What changes from one iteration to the next is no leaf, and is active if it ever becomes so.
+    (JAX takes what does not change out of the carry.)
     """
-    fixed = invariant(body, len(consts), len(init))
-    carry = [
-        t if keep else Tag(t.active or bool(t.leaves)) for t, keep in zip(init, fixed, strict=True)
-    ]
+    carry = [Tag(t.active or bool(t.leaves)) for t in init]
     while True:
         inner = follow(body, [*consts, *carry, *xs])
         after = [
-            c if keep else Tag(c.active or o.active or bool(o.leaves))
-            for c, o, keep in zip(carry, inner.tags[: len(carry)], fixed, strict=True)
+            Tag(c.active or t.active or bool(t.leaves))
+            for c, t in zip(carry, inner.tags[: len(carry)], strict=True)
         ]
         if after == carry:
             return carry, inner
@@ -151,14 +133,13 @@ def loop(
 
 def _loop(eqn: core.JaxprEqn, tags: Sequence[Tag], body, consts, init, xs) -> Followed:
     carry, inner = loop(body, consts, init, xs)
-    fixed, n = invariant(body, len(consts), len(init)), len(init)
+    n = len(carry)
+    changed = _leaves([*init, *inner.tags[:n]])
     why = f"changes in the carry of `{eqn.primitive.name}` at {_jaxpr.source(eqn)}"
-    changed = [t for t, keep in zip([*init, *inner.tags[:n]], fixed * 2, strict=True) if not keep]
-    lost = [(path, why) for path in sorted(_leaves(changed))]
-    body_out = Followed(
-        carry + inner.tags[n:], inner.uses, inner.losses + lost, inner.read | _leaves(changed)
-    )
-    return _enclosed(eqn, tags, body_out, fixed)
+    lost = [(path, why) for path in sorted(changed)]
+    read = inner.read | changed
+    out = Followed(carry + inner.tags[n:], inner.uses, inner.losses + lost, read)
+    return _enclosed(eqn, tags, out)
 
 
 def _scan(eqn: core.JaxprEqn, tags: Sequence[Tag]) -> Followed:

@@ -126,11 +126,7 @@ def _walk_eqn(eqn: core.JaxprEqn, cells: list[_Cell], plan: Plan) -> tuple[list,
         out, found = _cond(eqn, cells, plan), []
     else:
         return _operate(eqn, cells, followed.tags, plan)
-    # what an enclosing equation gives out is no weight any more, invariant carries excepted
-    return [
-        _Cell(c.value, tag, c.views if tag.leaves else {})
-        for c, tag in zip(out, followed.tags, strict=True)
-    ], found
+    return [_Cell(c.value, t) for c, t in zip(out, followed.tags, strict=True)], found
 
 
 def _plain(eqn: core.JaxprEqn, cells: list[_Cell], tags: list[Tag]) -> list[_Cell]:
@@ -233,32 +229,15 @@ def _cond(eqn: core.JaxprEqn, cells: list[_Cell], plan: Plan) -> list[_Cell]:
 def _while(eqn: core.JaxprEqn, cells: list[_Cell], plan: Plan) -> list[_Cell]:
     a = eqn.params["cond_nconsts"]
     b = a + eqn.params["body_nconsts"]
-    consts, init = cells[a:b], cells[b:]
-    body = eqn.params["body_jaxpr"]
-    fixed = _uses.invariant(body, b - a, len(init))
-    tags, _ = _uses.loop(body, [c.tag for c in consts], [c.tag for c in init], [])
-    carry = lambda values: _carry(init, fixed, tags, values)
-
-    def test(values):
-        return _walk(eqn.params["cond_jaxpr"], [*cells[:a], *carry(values)], plan)[0][0].value
-
-    def step(values):
-        out, _ = _walk(body, [*consts, *carry(values)], plan)
-        return [c.value for c, keep in zip(out, fixed, strict=True) if not keep]
-
+    test, body = eqn.params["cond_jaxpr"], eqn.params["body_jaxpr"]
+    tags, _ = _uses.loop(body, *([c.tag for c in part] for part in (cells[a:b], cells[b:], [])))
+    carry = lambda values: list(map(_Cell, values, tags))
     out = lax.while_loop(
-        test, step, _values([c for c, k in zip(init, fixed, strict=True) if not k])
+        lambda values: _walk(test, [*cells[:a], *carry(values)], plan)[0][0].value,
+        lambda values: _values(_walk(body, [*cells[a:b], *carry(values)], plan)[0]),
+        _values(cells[b:]),
     )
     return carry(out)
-
-
-def _carry(init: list[_Cell], fixed: list[bool], tags: list[Tag], values: Sequence[Any]):
-    """The cells of a loop's carry: what is invariant stays outside of the loop."""
-    changed = iter(values)
-    return [
-        c if keep else _Cell(next(changed), tag)
-        for c, keep, tag in zip(init, fixed, tags, strict=True)
-    ]
 
 
 def _scan(eqn: core.JaxprEqn, cells: list[_Cell], plan: Plan) -> tuple[list[_Cell], Found]:
@@ -266,7 +245,6 @@ def _scan(eqn: core.JaxprEqn, cells: list[_Cell], plan: Plan) -> tuple[list[_Cel
     a = params["num_consts"]
     b = a + params["num_carry"]
     consts, init, xs = cells[:a], cells[a:b], cells[b:]
-    fixed = _uses.invariant(body, a, b - a)
     tags, _ = _uses.loop(body, *([c.tag for c in part] for part in (consts, init, xs)))
     sliced = {path for c in xs for path in c.views}
     extra = {path: plan.extra[path] for path in sliced if path in plan.extra}
@@ -282,14 +260,12 @@ def _scan(eqn: core.JaxprEqn, cells: list[_Cell], plan: Plan) -> tuple[list[_Cel
         i, values, parts = slices
         layer = plan._replace(extra={**plan.extra, **parts}, step=(*plan.step, i))
         inner = [_start(v, c.tag, plan) for v, c in zip(values, xs, strict=True)]
-        out, found = _walk(body, [*consts, *_carry(init, fixed, tags, carry), *inner], layer)
-        after = [c.value for c, keep in zip(out, fixed, strict=False) if not keep]
-        return after, (_values(out[b - a :]), found)
+        out, found = _walk(body, [*consts, *map(_Cell, carry, tags), *inner], layer)
+        return _values(out[: b - a]), (_values(out[b - a :]), found)
 
     steps = jnp.arange(params["length"]) if plan.fns else None
-    start = [c.value for c, keep in zip(init, fixed, strict=True) if not keep]
     options = {k: params[k] for k in ("length", "reverse", "unroll")}
     if params.get("_split_transpose"):
         options["_split_transpose"] = True
-    carry, (ys, found) = lax.scan(step, start, (steps, _values(xs), extra), **options)
-    return [*_carry(init, fixed, tags, carry), *map(_Cell, ys)], found
+    carry, (ys, found) = lax.scan(step, _values(init), (steps, _values(xs), extra), **options)
+    return [_Cell(v) for v in [*carry, *ys]], found

@@ -631,6 +631,17 @@ def test_a_state_that_starts_from_a_leaf_is_an_activation():
         taps(apply_fn, "start")(params, xs)
 
 
+def test_a_state_that_starts_from_a_constant_is_an_activation():
+    """The decay meets the state before any operation has touched it."""
+
+    def apply_fn(params, xs):
+        return lax.scan(lambda h, x: (h * params["decay"] + x, None), jnp.zeros((2, 3)), xs)[0]
+
+    params, xs = {"decay": normal(1, 3)}, normal(2, 4, 2, 3)
+    tap = taps(apply_fn, "*")(params, xs)[1]["decay"]
+    close(tap.input[:3], jnp.stack([0 * xs[0], xs[0], xs[0] * params["decay"] + xs[1]]))
+
+
 def test_bad_arguments():
     with pytest.raises(TypeError, match=r"args\[1\] is the str 'train', not an array; close over"):
         taps(lambda p, x, mode: x @ p["w"])({"w": jnp.ones((2, 2))}, jnp.ones((1, 2)), "train")
