@@ -85,8 +85,8 @@ def deepscale_wire(layers: int, *, k: Number = 1.0, sublayers: int = 2) -> Wire:
 
     One number per sub-layer (attention and feed-forward): ``layers * sublayers`` of them, to use
     with ``F`` reading ``LN(x)`` (pre-LN) or with `x` being a layer-normalized sum (post-LN). The
-    gradient, too, is then bounded however deep: the skip alone multiplies it by
-    ``(1 - k / layers)^(layers * sublayers / 2) -> exp(-k * sublayers / 2)``.
+    skips alone multiply a gradient by ``(1 - k / layers)^(layers * sublayers / 2)``, which tends to
+    ``exp(-k * sublayers / 2)``: it does not vanish with depth.
 
     Args:
       layers: N, the number of layers.

@@ -5,6 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from jaxkit.init.residual import Wire, convex_wire, deepscale_wire, nf_wire, residual, rezero
@@ -162,12 +163,10 @@ def test_a_dead_branch_has_no_gradient_at_all():
         np.testing.assert_array_equal(leaf, 0)
 
 
-def test_rezero_trains_where_a_plain_network_does_not():
+def trainer(tx):
+    """Return ``(params, skip) -> (test accuracy, losses)`` after 300 steps on the digits."""
     digits = pytest.importorskip("sklearn.datasets").load_digits()
-    optax = pytest.importorskip("optax")
     x, y = jnp.asarray(digits.data / 16, jnp.float32), jnp.asarray(digits.target)
-    depth, n, tx = 32, 32, optax.adagrad(0.01)  # 32 blocks of two branches: 64 layers
-    params = draw(KEY, depth, n, 64, 10)
 
     @jax.jit
     def train(params, skip):
@@ -188,14 +187,27 @@ def test_rezero_trains_where_a_plain_network_does_not():
 
         carry, losses = jax.lax.scan(step, (params, tx.init(params)), jax.random.split(KEY, 300))
         hit = logits(carry[0], x[1300:]).argmax(-1) == y[1300:]
-        return hit.mean(), losses[0]
+        return hit.mean(), losses
 
+    return train
+
+
+def test_rezero_trains_where_a_plain_network_does_not():
+    train = trainer(optax.adagrad(0.01))
+    params = draw(KEY, 32, 32, 64, 10)  # 32 blocks of two branches: 64 layers
     accuracy, _ = train(rezero()(KEY, params), 1.0)
     plain, _ = train(params, 0.0)
     _, ungated = train(params, 1.0)
     assert float(accuracy) > 0.8
     assert float(plain) < 0.3
-    assert float(ungated) > 1e6  # 2^64 of variance
+    assert float(ungated[0]) > 1e6  # 2^64 of variance
+
+
+def test_plain_sgd_at_128_layers_needs_a_small_rate():
+    """As the docstring says."""
+    params = rezero()(KEY, draw(KEY, 64, 32, 64, 10))
+    assert float(trainer(optax.sgd(0.01))(params, 1.0)[1][-1]) < 0.5
+    assert not bool(jnp.isfinite(trainer(optax.sgd(0.03))(params, 1.0)[1][-1]))
 
 
 def test_ungated_variance_doubles_with_each_layer():

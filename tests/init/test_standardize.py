@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxkit.init.moments import moments
 from jaxkit.init.residual import nf_wire, residual
 from jaxkit.init.standardize import signal_moments, standardize, standardized, unit_gains
 
@@ -124,3 +125,25 @@ def test_jit_and_vmap():
     np.testing.assert_allclose(
         jax.vmap(standardize)(w), jnp.stack([standardize(each) for each in w]), atol=1e-6
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "sampled"),
+    [
+        ("relu", 1.7139588594436646),
+        ("gelu", 1.7015043497085571),
+        ("silu", 1.7881293296813965),
+        ("elu", 1.2716004848480225),
+        ("selu", 1.0008515119552612),
+        ("sigmoid", 4.803835391998291),
+        ("leaky_relu", 1.70590341091156),
+        ("tanh", 1.5939117670059204),
+    ],
+)
+def test_activations_of_unit_variance(name, sampled):
+    """``1 / std(phi(z))``, against the constants that the authors sampled."""
+    m = moments(getattr(jax.nn, name), order=0)
+    gamma = 1 / math.sqrt(m.m2 - m.m1**2)
+    assert abs(gamma / sampled - 1) < 1e-3
+    if name == "relu":
+        assert abs(gamma - math.sqrt(2 / (1 - 1 / math.pi))) < 1e-9
