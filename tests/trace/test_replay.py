@@ -142,6 +142,23 @@ def test_another_leaf_through_the_operation_equals_the_function_of_that_leaf(mod
     close(jax.jit(replay(apply_fn, doubled))(params, x), jax.jit(apply_fn)(with_double, x))
 
 
+def test_another_leaf_goes_all_the_way_to_the_operation():
+    """Through a cast, a mask, a standardization, a jitted function, a Newton-Schulz iteration."""
+
+    @jax.jit
+    def way(w):
+        w = w.astype(jnp.float16).astype(jnp.float32) * (jnp.arange(4) != 2)
+        w = (w - w.mean(0)) / (w.std(0) + 1)
+        for _ in range(3):
+            w = 1.5 * w - 0.5 * w @ w.T @ w
+        return w[1:].T
+
+    apply_fn = lambda params, x: x @ way(params["w"])
+    params, x = {"w": 0.3 * normal(1, 4, 4)}, normal(2, 2, 4)
+    edited = replay(apply_fn, {"w": lambda op, x, w: op.run(x, w + 1)})
+    close(jax.jit(edited)(params, x), apply_fn({"w": params["w"] + 1}, x))
+
+
 def test_a_zeroed_output_equals_a_zeroed_leaf(model):
     apply_fn, params, x = model
     for path in taps(apply_fn)(params, x)[1]:
