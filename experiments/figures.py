@@ -70,6 +70,15 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:.1f}%"
 
 
+def count(steps: float) -> str:
+    """Write a number of steps, that is infinite if it was not reached.
+
+    >>> count(12.0), count(float("inf"))
+    ('12 steps', 'not within the run')
+    """
+    return f"{steps:.0f} steps" if np.isfinite(steps) else "not within the run"
+
+
 def note(seeds: int) -> str:
     """Say what lines and bands are."""
     return f"Lines, points and bars: mean of {seeds} seeds. Bands and error bars: their range."

@@ -28,7 +28,7 @@ from matplotlib.ticker import NullFormatter
 
 from experiments import Claim, Row, Run, figures
 from experiments.data import fingerprint, load
-from experiments.figures import percent
+from experiments.figures import count, percent
 from experiments.perceptron import init, logits
 from jaxkit import masks, tree
 
@@ -231,13 +231,13 @@ def claims(settings: Settings, rows: list[Row]) -> list[Claim]:
         Claim(
             "It learns faster than the dense network",
             f"fewer steps to {percent(goal)} test accuracy",
-            f"{times[0][fifth]:.0f} steps, and {times[0][0]:.0f}",
+            f"{count(times[0][fifth])}, and {count(times[0][0])}",
             times[0][fifth] < times[0][0],
         ),
         Claim(
             "The same mask on new weights learns more slowly than the dense network",
             f"more steps to {percent(goal)} test accuracy",
-            f"{times[1][fifth]:.0f} steps, and {times[0][0]:.0f}",
+            f"{count(times[1][fifth])}, and {count(times[0][0])}",
             times[1][fifth] > times[0][0],
         ),
         Claim(

@@ -30,7 +30,7 @@ from matplotlib.figure import Figure
 
 from experiments import Claim, Row, Run, figures
 from experiments.data import fingerprint, load
-from experiments.figures import percent
+from experiments.figures import count, percent
 from experiments.perceptron import init, logits
 from jaxkit import data as corruptions
 from jaxkit import tree
@@ -303,7 +303,8 @@ def claims(settings: Settings, rows: list[Row]) -> list[Claim]:
     true, random = found["true labels"], found["random labels"]
     images = [found[name] for name in FIVE[1:4]]
     best = max((found[name].test.mean() for name, _ in REGULARIZED.values()), default=0.0)
-    slower = time_to_fit(random).mean() / time_to_fit(true).mean()
+    times = [time_to_fit(curve).mean() for curve in (true, random)]
+    slower = times[1] / times[0] if np.isfinite(times[0]) else np.inf
     noise = np.maximum(*(time_to_fit(found[name]) for name in FIVE[2:4]))
     errors = [1 - found[name].test.mean() for name in sweep(settings).values()]
     decayed, moved_ = found["random labels, decay"], found["random labels, shifts"]
@@ -337,13 +338,14 @@ def claims(settings: Settings, rows: list[Row]) -> list[Claim]:
         Claim(
             "Noise in place of the images is fitted sooner than random labels are",
             "fewer steps, for every seed",
-            f"{noise.mean():.0f} steps, and {time_to_fit(random).mean():.0f}",
+            f"{count(noise.mean())}, and {count(times[1])}",
             bool((noise < time_to_fit(random)).all()),
         ),
         Claim(
             "Random labels take only a small factor longer to fit than true labels",
             "1 to 4 times on CIFAR-10; below 10 here",
-            f"{slower:.1f} times the steps to the first epoch without an error",
+            f"{slower:.1f} times the steps to the first epoch without an error: "
+            f"{count(times[1])}, and {count(times[0])}",
             bool(slower < 10),
         ),
         Claim(
@@ -390,8 +392,8 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
     dashes = ("-", (0, (4, 2)), "-", (0, (1, 1.2)), "-")
     for name, color, dash in zip(FIVE, colors, dashes, strict=True):
         figures.band(a, found[name].steps, found[name].loss, color, name, linestyle=dash)
-    times = time_to_fit(found["random labels"])
-    a.set_xlim(0, min(1.4 * times.max(initial=1), found["random labels"].steps[-1]))
+    slowest = time_to_fit(found["random labels"]).max()
+    a.set_xlim(0, min(1.4 * slowest, found["random labels"].steps[-1]))
     a.set_ylim(bottom=0)
     a.set(title="a  Every corruption is fitted", xlabel="SGD steps")
     a.set_ylabel("training loss (nats)")
@@ -400,7 +402,8 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
     parts = np.array(list(sweep(settings)))
     swept = [found[name] for name in sweep(settings).values()]
     base = time_to_fit(found["true labels"]).mean()
-    factors = np.stack([time_to_fit(curve) for curve in swept]) / base
+    times = np.stack([time_to_fit(curve) for curve in swept])
+    factors = np.where(np.isfinite(times), times, np.nan) / base
     errors = 100 * np.stack([1 - curve.test for curve in swept])
     for axes, values, color in ((b, factors, figures.RED), (c, errors, figures.BLUE)):
         shown = np.isfinite(values).all(1)

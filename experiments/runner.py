@@ -15,11 +15,14 @@ stopped (but for the times). A folder that holds anything else is left as it is,
 
 import contextlib
 import dataclasses
+import errno
 import io
 import json
+import logging
 import os
 import platform
 import re
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -154,11 +157,14 @@ def read_json(path: Path) -> Any:
 
 
 def _cannot_write(path: Path, error: Exception) -> Problem:
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    lines = [line.strip() for line in reason.splitlines() if line.strip()]
-    disk = [line for line in lines if "No space left" in line]
+    text = str(error.strerror if isinstance(error, OSError) else error) or type(error).__name__
+    known = re.search(
+        "No space left on device|File too large|Disk quota exceeded|Read-only file system|"
+        "Permission denied|Input/output error",
+        text,
+    )
     return Problem(
-        f"cannot write {path}: {(disk or lines or [type(error).__name__])[0][:300]}. "
+        f"cannot write {path}: {known[0] if known else text.splitlines()[0][:300]}. "
         "What was saved before is kept: put it right, and the same command goes on from there."
     )
 
@@ -229,21 +235,16 @@ def _claim_folder(folder: Path, manifest: dict[str, Any], console: Console) -> N
         return
     there = read_json(path)
     try:
-        differences = [
-            f"the {key} is {there[key]!r} there, and {manifest[key]!r} here"
-            for key in ("experiment", "data")
-            if there[key] != manifest[key]
-        ] or [
-            f"{key} is {there['settings'].get(key)!r} there, and {manifest['settings'].get(key)!r} "
-            "here"
-            for key in sorted({*there["settings"], *manifest["settings"]})
-            if there["settings"].get(key) != manifest["settings"].get(key)
-        ]
+        before, now = there["settings"], manifest["settings"]
+        pairs = [("the experiment", there["experiment"], manifest["experiment"])]
+        pairs += [(key, before.get(key), now.get(key)) for key in sorted({*before, *now})]
+        pairs += [("the data", there["data"], manifest["data"])]
+        differences = [f"{what} is {a!r} there, and {b!r} here" for what, a, b in pairs if a != b]
         versions = there["versions"]
     except (KeyError, TypeError, AttributeError):
         raise Problem(f"{path} is no settings file of a run: {advice}") from None
     if differences:
-        raise Problem(f"{folder} holds another run ({'; '.join(differences)}): {advice}")
+        raise Problem(f"{folder} holds another run ({'; '.join(differences[:4])}): {advice}")
     if versions.get("jax") != manifest["versions"]["jax"]:
         console.print(
             f"[yellow]The run began with jax {versions.get('jax')}; what jax "
@@ -304,16 +305,22 @@ def _checkpoints(folder: Path) -> Iterator[ocp.CheckpointManager]:
         manager = ocp.CheckpointManager((folder / "checkpoint").absolute(), options=options)
     except OSError as error:
         raise _cannot_write(folder / "checkpoint", error) from error
-    try:
+    log = logging.getLogger("absl")
+    level = log.level
+    log.setLevel(logging.CRITICAL + 1)  # threads of orbax log what it raises as well
+    with contextlib.closing(manager):
         yield manager
-    finally:
-        manager.close()
+    log.setLevel(level)  # but not after an error: they may be at it still
 
 
 def _save(folder: Path, manager, step: int, state: Any, rows: int, seconds: float) -> None:
     tree = {"state": state, "rows": np.array(rows), "seconds": np.array(seconds)}
     try:
-        manager.save(step, args=ocp.args.StandardSave(tree))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+        if shutil.disk_usage(folder).free < size:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        with contextlib.redirect_stderr(io.StringIO()):  # for their traces
+            manager.save(step, args=ocp.args.StandardSave(tree))
     except Exception as error:  # orbax and tensorstore raise many kinds
         raise _cannot_write(folder / "checkpoint", error) from error
 
