@@ -5,6 +5,7 @@ that start as causal linear attention (`mimetic_ssm`). Both re-draw several leav
 are tree initializers; the primitive is `factor_pair`, a matrix as a balanced product.
 """
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -50,6 +51,7 @@ def _near_identity(key, d: int, noise, identity) -> Float[Array, "d d"]:
     return noise * jax.random.normal(key, (d, d)) / math.sqrt(d) + identity * jnp.eye(d)
 
 
+@functools.partial(jax.jit, static_argnums=(1, 2, 3))
 def _attention(key, d: int, heads: int, size: int, qk, vo) -> dict[str, Array]:
     """Return the kernels of one layer: q, k, v as (d, heads, size), o as (heads, size, d)."""
     first, second = jax.random.split(key)
@@ -299,7 +301,8 @@ def mimetic_ssm(
     Every leaf of a kind is chosen by its own `where`: trees of state spaces differ, and nothing is
     guessed. B and C are columns of ``(fan_in, state)`` kernels; Mamba-1 stores them as the last
     ``2 * state`` columns of one kernel (Delta's low rank first), which is `dt_b_c`. Delta's weights
-    are then the second factor of its low rank, and the first is left as it is::
+    are then the second factor of its low rank, and the first is left as it is, so that `params`
+    must hold values (otherwise their shapes are enough)::
 
         mimetic_ssm(512, a_log="**/A_log", dt="**/dt_proj/kernel", dt_bias="**/dt_proj/bias",
                     dt_b_c="**/x_proj/kernel", state=16, conv="**/conv1d/kernel")

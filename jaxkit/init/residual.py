@@ -120,7 +120,8 @@ def nf_wire(depths: Sequence[int], *, alpha: Number = 0.2, skip_gain: Number = 1
     Both orders are in use: the paper has ``phi(h / beta)``, which is this wire with an F that
     starts with the activation; the authors' code ``phi(h) / beta``. They agree for positively
     homogeneous activations (relu), and not for silu or gelu. Either way, activations are scaled to
-    unit variance and kernels standardized (`jaxkit.init.standardize`). The first block's shortcut
+    unit variance (the centered rule of `jaxkit.init.gain`) and kernels standardized
+    (`jaxkit.init.standardize`). The first block's shortcut
     reads the same ``phi(h / beta)`` as F, so that a transition is not of the form of `residual`.
 
     Args:
