@@ -286,7 +286,7 @@ def mimetic_ssm(
     state: int | None = None,
     noise: float = 0.1,
 ) -> TreeInitializer:
-    """State spaces that start as causal linear attention, and can recall from the first step.
+    """State spaces that start as causal linear attention: tokens read those that are like them.
 
     For ``h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t`` and ``y_t = C_t h_t`` with
     ``A = -exp(A_log)`` and ``Delta = softplus(W_dt x + dt_bias)``, the map from token j to i is
