@@ -17,7 +17,7 @@ Chiyuan Zhang, Samy Bengio, Moritz Hardt, Benjamin Recht, Oriol Vinyals, arXiv 1
 
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -125,7 +125,12 @@ def run(settings: Settings, folder: Path | None) -> Run:
     base = jax.random.key(settings.seed)
     seeds = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(settings.seeds))
     draw = partial(corrupted, classes=data.classes, ps=column["p"])
-    sets = jax.jit(jax.vmap(draw, (0, None, None, None)))(seeds, data.x, data.y, data.x_test)
+
+    @cache
+    def sets():
+        over_seeds = jax.jit(jax.vmap(draw, (0, None, None, None)))
+        return over_seeds(seeds, data.x, data.y, data.x_test)
+
     sizes = (data.x[0].size, *[settings.width] * settings.depth, data.classes)
 
     def optimizer(decay):
@@ -193,10 +198,10 @@ def run(settings: Settings, folder: Path | None) -> Run:
 
     def step(i, state):
         first = i * settings.epochs_per_step
-        state, measured = epochs(sets, first, state)
+        state, measured = epochs(sets(), first, state)
         loss, accuracy, train, test = (np.asarray(m, np.float64).round(5) for m in measured)
         batches = settings.train // settings.batch
-        hardest = np.asarray(sets["y"][0, names.index("random labels")])
+        hardest = np.asarray(sets()["y"][0, names.index("random labels")])
         rows: list[Row] = [construction(seeds[0], data.x, hardest, data.classes)] if i == 0 else []
         for e in range(settings.epochs_per_step):
             for c, cell in enumerate(every):
