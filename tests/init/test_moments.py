@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jaxkit.init.moments import expect, moments, pool_moment
 from scipy.stats import norm
+
+from jaxkit.init.moments import expect, moments, pool_moment
 
 
 def relu_above(kink, q):
