@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, PyTree
 
 from jaxkit.trace.apply import take
@@ -71,30 +72,34 @@ def units(params: PyTree, unit_mask: UnitMask, axes: PyTree) -> PyTree[Bool[Arra
     """
     axes = resolve(params, axes)
     _known(axes, unit_mask)
+    if not any(isinstance(m, Tracer) for m in unit_mask.values()):
+        unit_mask = {name: np.asarray(m) for name, m in unit_mask.items()}
     out = []
     for _, leaf, entries in pairs(params, axes):
-        mask = jnp.ones(np.shape(leaf), bool)
+        mask = np.ones(np.shape(leaf), bool)
         for d, entry in enumerate(entries):
             if any(a.name in unit_mask for a in members(entry)):
                 shape = [-1 if i == d else 1 for i in range(mask.ndim)]
                 mask = mask & _spread(entry, unit_mask).reshape(shape)
-        out.append(mask)
+        out.append(jnp.asarray(mask))
     return jax.tree.unflatten(jax.tree.structure(params), out)
 
 
 def _spread(entry: Entry, unit_mask: UnitMask) -> Any:
     """Return which positions of a dimension are kept."""
     if isinstance(entry, Axis):
-        return jnp.asarray(unit_mask.get(entry.name, np.ones(entry.size, bool)))
+        return unit_mask.get(entry.name, np.ones(entry.size, bool))
     if isinstance(entry, Prod):
-        out = jnp.ones(1, bool)
+        out = np.ones(1, bool)
         for part in entry.parts:
             out = (out[:, None] & _spread(part, unit_mask)[None, :]).reshape(-1)
         return out
     if isinstance(entry, Concat):
-        return jnp.concatenate([_spread(p, unit_mask) for p in entry.parts])
+        blocks = [_spread(p, unit_mask) for p in entry.parts]
+        host = all(isinstance(b, np.ndarray) for b in blocks)
+        return (np if host else jnp).concatenate(blocks)
     assert isinstance(entry, int)
-    return jnp.ones(entry, bool)
+    return np.ones(entry, bool)
 
 
 def shrink(

@@ -15,6 +15,7 @@ from jaxkit.trace.values import (
     State,
     Value,
     align,
+    assign,
     const,
     derive,
     evaluate,
@@ -89,6 +90,8 @@ def _apply(state: State, eqn: Any, values: list[Value]) -> list[Value]:
     for v in values:
         state.read |= v.leaves
     values = [refresh(v) for v in values]
+    if not eqn.outvars:  # a print: it shows the order, and the outputs do not depend on it
+        return []
     rule = ARITHMETIC.get(name) or SHAPES.get(name)
     if rule is None:
         random = name.startswith(_RANDOM)
@@ -114,6 +117,9 @@ def _iterate(state: State, eqn: Any, carry: list[Value], body: Any) -> tuple[lis
 
     body: takes the values of the carry, returns those of the next carry and the rest.
     """
+    for v in carry:
+        state.read |= v.leaves
+        assign(state, v, "other")
     carry = [refresh(v) for v in carry]
     carry = [
         v._replace(

@@ -109,6 +109,10 @@ def elementwise(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
             assign(state, v, kind)
     if name in _LINEAR:
         return [out._replace(scale=values[0].scale, sums=values[0].sums)]
+    if name in ("sqrt", "rsqrt"):
+        return [out._replace(sums=values[0].sums)]
+    if name in ("add", "sub") and values[1].array is not None:  # an epsilon
+        return [out._replace(sums=values[0].sums)]
     if name in ("mul", "div"):
         return [_scale(state, name, values, out)]
     return [out]
@@ -236,7 +240,8 @@ def conv(state: State, eqn: Any, values: Sequence[Value]) -> list[Value]:
     out: list[Dim | None] = [None] * len(lhs.dims)
     out[spec.out_spec[0]] = lhs.dims[spec.lhs_spec[0]]
     out[spec.out_spec[1]] = rhs_out._replace(
-        zero=rhs_out.zero or (groups > 1 and lhs_in.zero), uniform=groups == 1 and rhs_out.uniform
+        zero=rhs_out.zero or (lhs_in.zero and groups == find(rhs_out.term).size > 1),
+        uniform=groups == 1 and rhs_out.uniform,
     )
     spatial = zip(spec.lhs_spec[2:], spec.rhs_spec[2:], spec.out_spec[2:], strict=True)
     for k, (i, j, o) in enumerate(spatial):

@@ -294,6 +294,8 @@ def give_up(state: State, eqn: Any, values: Sequence[Value], why: str) -> list[V
         for v in values:
             assign(state, v, "other")
     return [
-        base._replace(dims=tuple(Dim(fixed(n, note), zero=True) for n in var.aval.shape))
+        base._replace(
+            dims=tuple(Dim(fixed(n, note), zero=True) for n in getattr(var.aval, "shape", ()))
+        )
         for var in eqn.outvars
     ]

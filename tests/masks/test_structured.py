@@ -22,7 +22,12 @@ X = jnp.linspace(-1, 1, 12).reshape(4, 3)
 
 
 def _masked(params, unit_mask, axes):
-    return jax.tree.map(lambda p, m: jnp.where(m, p, 0), params, units(params, unit_mask, axes))
+    mask = units(params, unit_mask, axes)
+    return jax.tree.map(lambda p, m: p * np.asarray(m, p.dtype), params, mask)
+
+
+def _jit(fn):
+    return jax.jit(fn, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def _difference(a, b):
@@ -41,12 +46,20 @@ def _random(params):
 # ------------------------------------------------------------------- the masked model, smaller
 
 
-@pytest.mark.parametrize("model", zoo.MODELS, ids=lambda m: m.name)
+LIBRARIES = ("linen", "nnx", "equinox", "haiku")
+SOME = [
+    m
+    for m in zoo.MODELS
+    if not m.name.startswith(LIBRARIES) or m.name.endswith(("_vit", "_unet", "_gru"))
+]
+
+
+@pytest.mark.parametrize("model", SOME, ids=lambda m: m.name)
 def test_zoo_shrinks_to_what_its_masked_model_computes(model):
     apply_fn, params, args = model.build()
     axes = trace.axes(apply_fn, params, *args)
     arguments = inspect.signature(model.build).parameters
-    plain = model.name.partition("_")[0] not in ("linen", "nnx", "equinox", "haiku")
+    plain = not model.name.startswith(LIBRARIES)
     unit_mask, smaller = {}, {}
     for argument, p in arguments.items():
         of_size = [a for a in trace.named(axes).values() if a.size == p.default]
@@ -62,8 +75,8 @@ def test_zoo_shrinks_to_what_its_masked_model_computes(model):
     rebuilt, due, _ = model.build(**smaller)
     assert list(map(np.shape, jax.tree.leaves(small))) == list(map(np.shape, jax.tree.leaves(due)))
     small = jax.tree.unflatten(jax.tree.structure(due), jax.tree.leaves(small))
-    masked = jax.jit(apply_fn)(_masked(params, unit_mask, axes), *args)
-    assert _difference(masked, jax.jit(rebuilt)(small, *args)) <= 1e-5
+    masked = _jit(apply_fn)(_masked(params, unit_mask, axes), *args)
+    assert _difference(masked, _jit(rebuilt)(small, *args)) <= 1e-5
     before, after = report.entries
     assert before == sum(map(np.size, jax.tree.leaves(params))) > after
     assert after == sum(map(np.size, jax.tree.leaves(small)))
@@ -83,7 +96,7 @@ class _Linen(nn.Module):
 
 
 def test_flax_linen_rebuilt_with_sizes():
-    params = _random(_Linen().init(jax.random.key(0), X))
+    params = _random(jax.eval_shape(_Linen().init, jax.random.key(0), X))
     axes = trace.axes(_Linen().apply, params, X)
     attention = "params/MultiHeadDotProductAttention_0"
     axes = trace.rename(
@@ -95,8 +108,8 @@ def test_flax_linen_rebuilt_with_sizes():
     assert sizes == {"heads": 2, "mlp": 7}
     assert report.axes == {"heads": (4, 2), "mlp": (10, 7)}
     assert report.leaves[f"{attention}/out/kernel"] == ((4, 3, 7), (2, 3, 7))
-    expected = _Linen().apply(_masked(params, unit_mask, axes), X)
-    assert _difference(expected, _Linen(**sizes).apply(small, X)) <= 1e-5
+    expected = _jit(_Linen().apply)(_masked(params, unit_mask, axes), X)
+    assert _difference(expected, _jit(_Linen(**sizes).apply)(small, X)) <= 1e-5
     with pytest.raises(
         ValueError, match="'params/Dense_0/kernel:1' is not removable: mean: div at"
     ):
@@ -118,7 +131,7 @@ class _Conv(nnx.Module):
 
 
 def test_flax_nnx_rebuilt_with_sizes():
-    graph, params = nnx.split(_Conv(5, 7, nnx.Rngs(0)))
+    graph, params = nnx.split(nnx.eval_shape(lambda: _Conv(5, 7, nnx.Rngs(0))))
     params = _random(params)
     images = jnp.asarray(np.random.default_rng(0).standard_normal((2, 4, 4, 2)), jnp.float32)
     run = lambda p, x: nnx.merge(graph, p)(x)
@@ -128,9 +141,10 @@ def test_flax_nnx_rebuilt_with_sizes():
     unit_mask = {"first": np.arange(5) != 3, "second": np.arange(7) % 3 > 0}
     small, sizes, _ = shrink(params, unit_mask, axes)
     assert sizes == {"first": 4, "second": 4}
-    rebuilt, _ = nnx.split(_Conv(**sizes, rngs=nnx.Rngs(1)))
-    expected = run(_masked(params, unit_mask, axes), images)
-    assert _difference(expected, nnx.merge(rebuilt, small)(images)) <= 1e-5
+    rebuilt, _ = nnx.split(nnx.eval_shape(lambda: _Conv(**sizes, rngs=nnx.Rngs(1))))
+    expected = _jit(run)(_masked(params, unit_mask, axes), images)
+    got = _jit(lambda p, x: nnx.merge(rebuilt, p)(x))(small, images)
+    assert _difference(expected, got) <= 1e-5
 
 
 class _Equinox(eqx.Module):
@@ -162,8 +176,8 @@ def test_equinox_rebuilt_with_sizes():
     leaves = iter(jax.tree.leaves(small))
     rebuilt = _Equinox(**sizes)
     rebuilt = jax.tree.map(lambda x: next(leaves) if eqx.is_array(x) else x, rebuilt)
-    expected = run(_masked(params, unit_mask, axes), X)
-    assert _difference(expected, rebuilt(X)) <= 1e-5
+    expected = _jit(run)(_masked(params, unit_mask, axes), X)
+    assert _difference(expected, _jit(lambda x: rebuilt(x))(X)) <= 1e-5
 
 
 # ------------------------------------------------------------------------------ random programs

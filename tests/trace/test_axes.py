@@ -394,6 +394,7 @@ def test_a_constant_that_looks_computed_from_the_size_is_noted():
     noted = lambda fn: trace.axes(fn, params, X)[0][1].scaled
     for fn in (
         lambda p, x: attend(p, x, 6**-0.5),
+        lambda p, x: (y := x @ p[0]) / (jnp.linalg.norm(y, axis=1)[:, None] * 6**-0.5) @ p[1].T,
         lambda p, x: jnp.einsum("ik,jk->ij", x @ p[0] / jnp.sqrt(6), x @ p[1]),
         lambda p, x: jnp.einsum("ik,jk->ij", x @ p[0] * 6**-0.25, x @ p[1] * 6**-0.25),
     ):
@@ -415,6 +416,19 @@ def test_what_cannot_be_followed_is_fixed_and_listed():
     assert (first.primitive, first.leaves) == ("pure_callback", ("u", "v", "w"))
     assert "test_axes.py" in first.source
     assert (unread.primitive, unread.leaves) == ("unread", ("z",))
+
+
+def test_a_print_does_not_fix_what_it_prints():
+    fn = lambda w, x: jax.debug.print("{}", y := x @ w) or jnp.tanh(y).sum(1)
+    assert _axes(fn, *_leaves((3, 5)), X) == ".a"
+    assert trace.unfollowed(fn, *_leaves((3, 5)), X) == ()
+
+
+def test_a_learned_first_state_is_read_and_carried():
+    fn = lambda p, x: lax.scan(lambda h, r: (jnp.tanh(h + r @ p[1]), h), p[0], x)[0] @ p[2]
+    params = _leaves((5,), (3, 5), (5, 2))
+    assert _axes(fn, params, X) == "a .a a."
+    assert trace.unfollowed(fn, params, X) == ()
 
 
 def test_dropout_fixes_what_it_is_laid_on_and_says_so():
