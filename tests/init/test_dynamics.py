@@ -96,7 +96,7 @@ def test_linear_modes_of_data():
 
 
 def test_orthogonal_starts_learn_at_any_depth():
-    """Steps until all modes, aligned with the start, have grown to 1.9 of 2; the rate is 1/depth."""
+    """Steps until all modes, aligned with the start, have grown from 1 to 1.9 of 2."""
     n, eta, steps = 16, 0.05, 400
 
     def steps_to_learn(draw, depth):

@@ -195,13 +195,13 @@ def test_deep_maxout_learns_digits():
         def step(p, _):
             value, g = jax.value_and_grad(loss)(p)
             norm = jnp.sqrt(sum(jnp.square(v).sum() for v in jax.tree.leaves(g)))
-            return jax.tree.map(lambda a, b: a - 0.2 * b / jnp.maximum(1, norm), p, g), value
+            return jax.tree.map(lambda a, b: a - 0.05 * b / jnp.maximum(1, norm), p, g), value
 
-        return np.asarray(jax.jit(lambda p: jax.lax.scan(step, p, length=120)[1])(params))
+        return np.asarray(jax.jit(lambda p: jax.lax.scan(step, p, length=250)[1])(params))
 
     good = train(maxout(rank))
     dead = train(jax.nn.initializers.variance_scaling(0.1, "fan_in", "normal"))
-    assert good[-1] < 0.7 * good[0]
+    assert good[-1] < math.log(10) - 0.2 < good[0]  # below what guessing gives
     assert abs(dead[-1] - math.log(10)) < 0.02
 
 
