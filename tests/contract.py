@@ -92,6 +92,41 @@ def axis_or_none() -> Any:
     return "data"
 
 
+def draw(initializer):
+    """Call an array initializer on every weight."""
+
+    def fn(key, params, batch, n):
+        own = tree.keys(key, params, "contract")
+        init = initializer(n)
+        return tree.map(lambda path, w, k: init(k, w.shape, w.dtype), params, own)
+
+    return fn
+
+
+def square(batch):
+    return batch.reshape(2, 4, 4)
+
+
+def bounds(batch):
+    return batch - 0.5, batch + 0.5
+
+
+ATTENTION = {
+    "query": {"kernel": jnp.zeros((8, 2, 4))},
+    "key": {"kernel": jnp.zeros((8, 2, 4))},
+    "value": {"kernel": jnp.zeros((8, 2, 4))},
+    "out": {"kernel": jnp.zeros((2, 4, 8))},
+}
+STATE_SPACE = {
+    "A_log": jnp.zeros((6, 2)),
+    "dt": jnp.ones((1, 6)),
+    "dt_bias": jnp.zeros(6),
+    "x_proj": jnp.zeros((6, 5)),
+    "conv": jnp.ones((4, 1, 6)),
+}
+RESIDUAL = {"block": {"alpha": jnp.ones(()), "kernel": jnp.ones((2, 2))}}
+MAMBA = {"a_log": "A_log", "dt": "dt", "dt_bias": "dt_bias", "conv": "conv", "dt_b_c": "x_proj"}
+
 ROWS = [
     Row(
         "tree.map",
@@ -212,6 +247,172 @@ ROWS = [
         number=0.75,
         random=True,
     ),
+    # array initializers
+    Row("init.zero", draw(lambda n: init.zero()), like_params=True),
+    Row("init.idi", draw(lambda n: init.idi(tau=n)), number=1.0, random=True, like_params=True),
+    Row("init.idiz", draw(lambda n: init.idiz(eps=n)), number=1.0, like_params=True),
+    Row("init.convaware", draw(lambda n: init.convaware()), random=True, like_params=True),
+    Row(
+        "init.orthogonal",
+        draw(lambda n: init.orthogonal(n)),
+        number=1.0,
+        random=True,
+        like_params=True,
+    ),
+    Row(
+        "init.low_rank",
+        draw(lambda n: init.low_rank(0.5, n)),
+        number=1.0,
+        random=True,
+        like_params=True,
+        keeps=False,  # a kernel without entries has no rank
+    ),
+    Row(
+        "init.block_sparse",
+        draw(lambda n: init.block_sparse(1, n)),
+        number=1.0,
+        random=True,
+        like_params=True,
+    ),
+    Row("init.vi3nr", draw(lambda n: init.vi3nr(jnp.sin)), random=True, like_params=True),
+    Row("init.maxout", draw(lambda n: init.maxout(1)), random=True, like_params=True),
+    Row("init.ibp", draw(lambda n: init.ibp()), random=True, like_params=True),
+    Row(
+        "init.architecture_aware",
+        draw(lambda n: init.architecture_aware(2)),
+        random=True,
+        like_params=True,
+    ),
+    Row(
+        "init.last_tap",
+        lambda key, params, batch, n: init.last_tap(key, (3, 1, 4)),
+    ),
+    Row(
+        "init.orthonormal_rows",
+        lambda key, params, batch, n: init.orthonormal_rows(key, 3, 5),
+        random=True,
+    ),
+    # tree initializers
+    Row(
+        "init.mimetic_attention",
+        lambda key, params, batch, n: init.mimetic_attention(qk=(0.7, n))(key, ATTENTION),
+        number=0.7,
+        random=True,
+    ),
+    Row(
+        "init.mimetic_ssm",
+        lambda key, params, batch, n: init.mimetic_ssm(8, state=2, noise=n, **MAMBA)(
+            key, STATE_SPACE
+        ),
+        number=0.1,
+        random=True,
+    ),
+    Row("init.rezero", lambda key, params, batch, n: init.rezero()(key, RESIDUAL)),
+    Row(
+        "init.standardized",
+        lambda key, params, batch, n: init.standardized(
+            init.unit_gains(params, where=None), params, where=None
+        ),
+        like_params=True,
+        smooth=True,
+    ),
+    Row(
+        "init.unit_gains",
+        lambda key, params, batch, n: init.unit_gains(params, where=None),
+    ),
+    # arrays
+    Row("init.standardize", lambda key, params, batch, n: init.standardize(batch), shards=False),
+    Row(
+        "init.signal_moments",
+        lambda key, params, batch, n: init.signal_moments(batch),
+        shards=False,
+    ),
+    Row("init.relu_one", lambda key, params, batch, n: init.relu_one(batch - 1), shards=False),
+    Row(
+        "init.shaped_attention",
+        lambda key, params, batch, n: init.shaped_attention(square(batch), identity=n),
+        number=1.0,
+        shards=False,
+    ),
+    Row(
+        "init.shaped_relu", lambda key, params, batch, n: init.shaped_relu(batch, 16), shards=False
+    ),
+    Row(
+        "init.residual",
+        lambda key, params, batch, n: init.residual(jnp.sin, batch, init.Wire(n, n, n)),
+        number=0.5,
+        shards=False,
+    ),
+    Row("init.convex_wire", lambda key, params, batch, n: init.convex_wire(3, n), number=0.5),
+    Row(
+        "init.deepscale_wire", lambda key, params, batch, n: init.deepscale_wire(3, k=n), number=0.5
+    ),
+    Row("init.nf_wire", lambda key, params, batch, n: init.nf_wire((2, 1), alpha=n), number=0.5),
+    Row(
+        "init.deepscale",
+        lambda key, params, batch, n: init.deepscale(16, 3, dropout=n),
+        number=0.5,
+    ),
+    Row(
+        "init.relu_covariance",
+        lambda key, params, batch, n: init.relu_covariance(n),
+        number=0.5,
+    ),
+    Row(
+        "init.relu_correlation",
+        lambda key, params, batch, n: init.relu_correlation(n),
+        number=0.5,
+    ),
+    Row(
+        "init.factor_pair",
+        lambda key, params, batch, n: jnp.matmul(*init.factor_pair(square(batch)[0], 2)),
+        shards=False,
+    ),
+    Row(
+        "init.input_gain",
+        lambda key, params, batch, n: init.input_gain(batch, n),
+        0.5,
+        shards=False,
+    ),
+    Row(
+        "init.affine_bounds",
+        lambda key, params, batch, n: init.affine_bounds(*bounds(batch), jnp.eye(2)),
+        shards=False,
+    ),
+    Row(
+        "init.ibp_regularizer",
+        lambda key, params, batch, n: init.ibp_regularizer(
+            bounds(batch), [bounds(batch - 1)], eps_ratio=n
+        ),
+        number=0.5,
+        shards=False,
+    ),
+    Row(
+        "init.width_fluctuation",
+        lambda key, params, batch, n: init.width_fluctuation(batch.reshape(8, 4)),
+        shards=False,
+    ),
+    Row(
+        "init.mode_strength",
+        lambda key, params, batch, n: init.mode_strength(jnp.arange(4.0), 2.0, n),
+        number=0.1,
+    ),
+    Row(
+        "init.linear_modes",
+        lambda key, params, batch, n: init.linear_modes(2 * jnp.eye(4), batch.reshape(4, 8)).s,
+        shards=False,
+    ),
+    Row(
+        "init.aligned",
+        lambda key, params, batch, n: init.aligned(key, batch[:4], 2),
+        random=True,
+        shards=False,
+    ),
+    Row(
+        "init.class_fractions",
+        lambda key, params, batch, n: init.class_fractions(jnp.sin(7 * batch)),
+        shards=False,
+    ),
 ]
 
 OPTIMIZERS = [
@@ -240,6 +441,7 @@ EXEMPT = {
     "data.two_layer": "host-side, in float64; tested in data/test_interpolate.py",
     "trace.Axis": "a type",
     "trace.Concat": "a type",
+    "trace.Op": "a type",
     "trace.Prod": "a type",
     "trace.Role": "a type",
     "trace.Tap": "a type",
@@ -257,7 +459,19 @@ EXEMPT = {
     "weights.files.Stats": "a type",
     "weights.files.leaves": "reads a file",
     "weights.files.stats": "host-side, in float64; tested in weights/test_files.py",
+    "init.Activation": "a type",
+    "init.Bounds": "a type",
+    "init.Calibration": "a type",
+    "init.Critical": "a type",
+    "init.DeepScale": "a type",
+    "init.FiniteWidth": "a type",
+    "init.Guessing": "a type",
     "init.Initializer": "a type",
+    "init.Modes": "a type",
+    "init.Moments": "a type",
+    "init.Susceptibilities": "a type",
+    "init.Trajectory": "a type",
+    "init.Wire": "a type",
     "init.TreeInitializer": "a type",
     "masks.Mask": "a type",
     "masks.Report": "a type",
@@ -267,6 +481,38 @@ EXEMPT = {
     "masks.current": "reads a state; every optimizer row calls it",
     "masks.shrink": "its shapes depend on values; tested in masks/test_structured.py",
     "masks.report": "host-side: counts for people; tested in test_select.py",
+}
+
+
+THEORY = "theory, on the host in float64; its numbers are constants of a program"
+EXEMPT |= {
+    f"init.{name}": THEORY
+    for name in [
+        "balanced_sigma",
+        "correlation_map",
+        "correlation_rate",
+        "criticality",
+        "edge_of_chaos",
+        "expect",
+        "finite_width",
+        "fluctuation",
+        "gain",
+        "guessing_bias",
+        "hadamard",
+        "in_degrees",
+        "learning_rate_scale",
+        "learning_time",
+        "maxout_range",
+        "moments",
+        "path_lengths",
+        "pool_moment",
+        "propagate",
+        "shaped_relu_moment",
+        "shaped_scale",
+        "sincos_2d",
+        "susceptibilities",
+        "variance_map",
+    ]
 }
 
 

@@ -1,5 +1,127 @@
-"""Initializers of arrays and of whole trees."""
+"""Initializers of arrays and of whole trees, and the theory that tells which to take."""
 
+from jaxkit.init.calibrate import Calibration, calibrate, lsuv
+from jaxkit.init.criticality import (
+    Critical,
+    FiniteWidth,
+    Susceptibilities,
+    correlation_rate,
+    criticality,
+    edge_of_chaos,
+    finite_width,
+    fluctuation,
+    susceptibilities,
+    width_fluctuation,
+)
+from jaxkit.init.deepscale import DeepScale, deepscale, relu_correlation, relu_covariance
+from jaxkit.init.dynamics import Modes, aligned, learning_time, linear_modes, mode_strength
+from jaxkit.init.fourier import convaware, orthonormal_rows
+from jaxkit.init.gain import balanced_sigma, gain, input_gain, maxout, maxout_range, vi3nr
+from jaxkit.init.gauss import Activation, Moments, expect, moments, pool_moment
+from jaxkit.init.graph import architecture_aware, in_degrees, learning_rate_scale, path_lengths
+from jaxkit.init.identity import hadamard, idi, idiz, relu_one, zero
+from jaxkit.init.interval import Bounds, affine_bounds, ibp, ibp_regularizer
+from jaxkit.init.kernel import (
+    Guessing,
+    Trajectory,
+    class_fractions,
+    correlation_map,
+    guessing_bias,
+    propagate,
+    variance_map,
+)
+from jaxkit.init.mimetic import (
+    factor_pair,
+    last_tap,
+    mimetic_attention,
+    mimetic_ssm,
+    sincos_2d,
+)
+from jaxkit.init.pseudo_iid import block_sparse, low_rank, orthogonal
+from jaxkit.init.residual import Wire, convex_wire, deepscale_wire, nf_wire, residual, rezero
 from jaxkit.init.rules import Initializer, TreeInitializer, rules
+from jaxkit.init.shaped import shaped_attention, shaped_relu, shaped_relu_moment, shaped_scale
+from jaxkit.init.standardize import signal_moments, standardize, standardized, unit_gains
 
-__all__ = ["Initializer", "TreeInitializer", "rules"]
+__all__ = [
+    "Activation",
+    "Bounds",
+    "Calibration",
+    "Critical",
+    "DeepScale",
+    "FiniteWidth",
+    "Guessing",
+    "Initializer",
+    "Modes",
+    "Moments",
+    "Susceptibilities",
+    "Trajectory",
+    "TreeInitializer",
+    "Wire",
+    "affine_bounds",
+    "aligned",
+    "architecture_aware",
+    "balanced_sigma",
+    "block_sparse",
+    "calibrate",
+    "class_fractions",
+    "convaware",
+    "convex_wire",
+    "correlation_map",
+    "correlation_rate",
+    "criticality",
+    "deepscale",
+    "deepscale_wire",
+    "edge_of_chaos",
+    "expect",
+    "factor_pair",
+    "finite_width",
+    "fluctuation",
+    "gain",
+    "guessing_bias",
+    "hadamard",
+    "ibp",
+    "ibp_regularizer",
+    "idi",
+    "idiz",
+    "in_degrees",
+    "input_gain",
+    "last_tap",
+    "learning_rate_scale",
+    "learning_time",
+    "linear_modes",
+    "low_rank",
+    "lsuv",
+    "maxout",
+    "maxout_range",
+    "mimetic_attention",
+    "mimetic_ssm",
+    "mode_strength",
+    "moments",
+    "nf_wire",
+    "orthogonal",
+    "orthonormal_rows",
+    "path_lengths",
+    "pool_moment",
+    "propagate",
+    "relu_correlation",
+    "relu_covariance",
+    "relu_one",
+    "residual",
+    "rezero",
+    "rules",
+    "shaped_attention",
+    "shaped_relu",
+    "shaped_relu_moment",
+    "shaped_scale",
+    "signal_moments",
+    "sincos_2d",
+    "standardize",
+    "standardized",
+    "susceptibilities",
+    "unit_gains",
+    "variance_map",
+    "vi3nr",
+    "width_fluctuation",
+    "zero",
+]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxkit.init import moments as gauss
+from jaxkit.init import gauss
 
 __all__ = [
     "Critical",

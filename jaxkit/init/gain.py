@@ -13,7 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float
 
-from jaxkit.init import moments as gauss
+from jaxkit.init import gauss
 
 __all__ = ["balanced_sigma", "gain", "input_gain", "maxout", "maxout_range", "vi3nr"]
 

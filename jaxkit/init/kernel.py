@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from numpy.polynomial import Chebyshev
 
-from jaxkit.init import moments as gauss
+from jaxkit.init import gauss
 
 __all__ = [
     "Guessing",

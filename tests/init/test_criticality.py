@@ -24,7 +24,7 @@ from jaxkit.init.kernel import (
     propagate,
     variance_map,
 )
-from jaxkit.init.moments import expect, moments
+from jaxkit.init.gauss import expect, moments
 from jaxkit.init.pseudo_iid import orthogonal
 
 ROOT = math.sqrt(2)

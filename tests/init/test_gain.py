@@ -16,7 +16,7 @@ from jaxkit.init.graph import (
     path_lengths,
 )
 from jaxkit.init.interval import affine_bounds, ibp, ibp_regularizer
-from jaxkit.init.moments import pool_moment
+from jaxkit.init.gauss import pool_moment
 
 S = 0.05
 HE = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")

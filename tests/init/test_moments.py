@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from jaxkit.init.moments import expect, moments, pool_moment
+from jaxkit.init.gauss import expect, moments, pool_moment
 
 
 def relu_above(kink, q):

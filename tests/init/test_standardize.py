@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkit.init.moments import moments
+from jaxkit.init.gauss import moments
 from jaxkit.init.residual import nf_wire, residual
 from jaxkit.init.standardize import signal_moments, standardize, standardized, unit_gains
 
