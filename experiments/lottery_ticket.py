@@ -1,4 +1,4 @@
-"""Winning tickets: sparse networks that train well from their own first weights.
+"""Winning lottery tickets train as well as dense networks.
 
 "The Lottery Ticket Hypothesis" trains a network, prunes a part of the weights with the smallest
 final magnitudes, sets the others back to their *first* values, and repeats. The sparse networks

@@ -202,6 +202,7 @@ th:last-child, td:last-child { padding-right: 0; }
 span.yes, span.no { border-radius: 99px; padding: 0.1rem 0.6rem; font-weight: 600; }
 span.yes { color: var(--yes); background: var(--yes-back); }
 span.no { color: var(--no); background: var(--no-back); }
+.overview td:nth-child(n+2) { white-space: nowrap; }
 .dots { display: inline-flex; gap: 3px; margin-right: 0.35rem; }
 .dots i { width: 9px; height: 9px; border-radius: 50%; background: var(--yes); }
 .dots i.no { background: none; border: 2px solid var(--no); }
