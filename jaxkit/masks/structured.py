@@ -73,7 +73,7 @@ def units(params: PyTree, unit_mask: UnitMask, axes: PyTree) -> PyTree[Bool[Arra
     axes = resolve(params, axes)
     _known(axes, unit_mask)
     if not any(isinstance(m, Tracer) for m in unit_mask.values()):
-        unit_mask = {name: np.asarray(m) for name, m in unit_mask.items()}
+        unit_mask = jax.tree.map(np.asarray, dict(unit_mask))
     out = []
     for _, leaf, entries in pairs(params, axes):
         mask = np.ones(np.shape(leaf), bool)
@@ -139,6 +139,10 @@ def shrink(
     >>> small, sizes, report = shrink(params, {"hidden": np.array([True, False, True])}, axes)
     >>> small["w"].shape, sizes, report.entries
     ((2, 2), {'hidden': 2}, (9, 6))
+
+    References:
+      Fang, Ma, Song, Mi, Wang: DepGraph: Towards Any Structural Pruning (arXiv:2301.12900), which
+      groups the parameters that have to be pruned together by rules for the layers of one library.
     """
     axes = resolve(params, axes)
     known = _known(axes, unit_mask)

@@ -262,7 +262,8 @@ def _branch(pool, a, b, c):
     y = _pick(pool, b, lambda y: y.shape == x.shape)
     positive = pool[0].sum() > 0 if c % 2 else jnp.abs(x).sum() > 1
     first = (lambda x, y: x * 2, lambda x, y: jnp.flip(x, -1))[c // 2 % 2]
-    return lax.cond(positive, first, lambda x, y: x + y, x, y)
+    second = (lambda x, y: y, lambda x, y: x + y)[c // 4 % 2]
+    return lax.cond(positive, first, second, x, y) * jnp.sin(x)
 
 
 def _wrapped(pool, a, b, c):
