@@ -1,11 +1,13 @@
 """The command line: ``python -m experiments list | run NAME [options] | report``."""
 
 import ast
+import dataclasses
 import difflib
 import importlib
 import shlex
 import sys
 from pathlib import Path
+from typing import Any
 
 USAGE = """\
 usage: python -m experiments COMMAND
@@ -62,14 +64,17 @@ def run(name: str, args: list[str]) -> int:
     console = Console()
     module = importlib.import_module(f"experiments.{name.replace('-', '_')}")
     command = shlex.join(["python", "-m", "experiments", "run", name, *args])
-    settings, options = tyro.cli(
-        tyro.conf.OmitArgPrefixes[tuple[module.Settings, runner.Options]],
+    both = dataclasses.make_dataclass(
+        "Command", [("experiment", module.Settings), ("runner", runner.Options)]
+    )
+    asked: Any = tyro.cli(
+        tyro.conf.OmitArgPrefixes[both],
         args=args,
         prog=f"python -m experiments run {name}",
         description=runner.title(module) + ".",
     )
     try:
-        runner.execute(name, module, settings, options, command, console)
+        runner.execute(name, module, asked.experiment, asked.runner, command, console)
     except runner.Stopped as stopped:
         console.print(f"{stopped} The same command goes on from there.")
         return 130
