@@ -35,7 +35,8 @@ class Row(NamedTuple):
     `like_params` that the result is a tree like params of the leaves' dtypes; `shards` that the
     result over data split across devices equals that over all data; `local` that on sharded
     leaves it moves no whole leaf; `smooth` that its gradient is finite; `keeps` that extreme trees
-    (empty, zero-size, scalar, integer leaves) go through.
+    (empty, zero-size, scalar, integer leaves) go through. `tol` is the relative deviation that
+    rounding may cause.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Row(NamedTuple):
     local: bool = True
     smooth: bool = False
     keeps: bool = True
+    tol: float = 2e-5
 
 
 def loss_fn(params, batch):
@@ -274,14 +276,22 @@ ROWS = [
         random=True,
         like_params=True,
     ),
-    Row("init.vi3nr", draw(lambda n: init.vi3nr(jnp.sin)), random=True, like_params=True),
-    Row("init.maxout", draw(lambda n: init.maxout(1)), random=True, like_params=True),
-    Row("init.ibp", draw(lambda n: init.ibp()), random=True, like_params=True),
+    # (the next four are jax.nn.initializers.variance_scaling, which refuses a fan of zero)
+    Row(
+        "init.vi3nr",
+        draw(lambda n: init.vi3nr(jnp.sin)),
+        random=True,
+        like_params=True,
+        keeps=False,
+    ),
+    Row("init.maxout", draw(lambda n: init.maxout(1)), random=True, like_params=True, keeps=False),
+    Row("init.ibp", draw(lambda n: init.ibp()), random=True, like_params=True, keeps=False),
     Row(
         "init.architecture_aware",
         draw(lambda n: init.architecture_aware(2)),
         random=True,
         like_params=True,
+        keeps=False,
     ),
     Row(
         "init.last_tap",
@@ -298,6 +308,7 @@ ROWS = [
         lambda key, params, batch, n: init.mimetic_attention(qk=(0.7, n))(key, ATTENTION),
         number=0.7,
         random=True,
+        tol=1e-3,  # singular vectors, of gaps that are no larger
     ),
     Row(
         "init.mimetic_ssm",
@@ -404,7 +415,8 @@ ROWS = [
     ),
     Row(
         "init.aligned",
-        lambda key, params, batch, n: init.aligned(key, batch[:4], 2),
+        lambda key, params, batch, n: init.aligned(key, batch[:4], 2, u0=n),
+        number=0.25,
         random=True,
         shards=False,
     ),
@@ -569,14 +581,14 @@ def raw(x):
     return np.asarray(jax.random.key_data(x) if is_key else x)
 
 
-def assert_same(got, want, exact=False):
+def assert_same(got, want, exact=False, tol=2e-5):
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         a, b = raw(a), raw(b)
         if exact or a.dtype.kind in "biu":
             np.testing.assert_array_equal(a, b)
         else:
-            np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+            np.testing.assert_allclose(a, b, rtol=tol, atol=tol / 20)
 
 
 def mesh():
@@ -617,11 +629,12 @@ def test_every_public_name_is_in_the_table():
 def test_jit_equals_eager_and_a_changed_number_compiles_nothing(row):
     params, number = dict_params(), row.number
     jitted = jax.jit(row.fn)
-    assert_same(jitted(KEY, params, batch(), number), row.fn(KEY, params, batch(), number))
+    want = row.fn(KEY, params, batch(), number)
+    assert_same(jitted(KEY, params, batch(), number), want, tol=row.tol)
     if number is not None:
         other = jitted(KEY, params, batch(), number * 0.9)
         assert jitted._cache_size() == 1
-        assert_same(other, row.fn(KEY, params, batch(), number * 0.9))
+        assert_same(other, row.fn(KEY, params, batch(), number * 0.9), tol=row.tol)
 
 
 @by_name([row for row in ROWS if row.number is not None or row.random])
@@ -632,12 +645,12 @@ def test_vmap_equals_a_loop(row):
         values = jnp.array([number, number * 0.9, number * 0.5])
         swept = jax.jit(jax.vmap(lambda n: row.fn(KEY, params, batch(), n)))(values)
         for i in range(3):
-            assert_same(at(swept, i), row.fn(KEY, params, batch(), values[i]))
+            assert_same(at(swept, i), row.fn(KEY, params, batch(), values[i]), tol=row.tol)
     if row.random:
         keys = jax.random.split(KEY, 2)
         drawn = jax.jit(jax.vmap(lambda k: row.fn(k, params, batch(), number)))(keys)
         for i in range(2):
-            assert_same(at(drawn, i), row.fn(keys[i], params, batch(), number))
+            assert_same(at(drawn, i), row.fn(keys[i], params, batch(), number), tol=row.tol)
 
 
 @by_name([row for row in ROWS if row.random])
@@ -668,8 +681,8 @@ def test_shard_map_and_pmap_equal_one_device(row):
     parts = data.reshape(8, 2, 2) if row.shards else jnp.stack([data] * 8)
     pmapped = jax.pmap(call, "data", in_axes=(None, 0))(params, parts)
     for device in (0, 7):
-        assert_same(jax.tree.map(lambda x: x[device], over), want)
-        assert_same(jax.tree.map(lambda x: x[device], pmapped), want)
+        assert_same(jax.tree.map(lambda x: x[device], over), want, tol=row.tol)
+        assert_same(jax.tree.map(lambda x: x[device], pmapped), want, tol=row.tol)
 
 
 @by_name(ROWS)
@@ -677,7 +690,8 @@ def test_sharded_inputs_give_the_same_values(row):
     params = dict_params()
     jitted = jax.jit(row.fn)
     placed = spread(params)
-    assert_same(jitted(KEY, placed, batch(), row.number), row.fn(KEY, params, batch(), row.number))
+    want = row.fn(KEY, params, batch(), row.number)
+    assert_same(jitted(KEY, placed, batch(), row.number), want, tol=row.tol)
     if row.local:
         program = jitted.lower(KEY, placed, batch(), row.number).compile().as_text()
         assert [move for move in MOVES_LEAVES if move in program] == []

@@ -16,6 +16,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
@@ -91,10 +92,12 @@ def random_labels(
         raise ValueError(f"classes={classes}: at least one class is due")
     if _concrete(p) and not 0 <= float(p) <= 1:
         raise ValueError(f"p={p}: a probability in [0, 1] is due")
-    if _concrete(y) and y.size and not 0 <= int(y.min()) <= int(y.max()) < classes:
-        raise ValueError(
-            f"labels in [0, {classes}) are due, and they range from {y.min()} to {y.max()}"
-        )
+    if _concrete(y) and y.size:
+        low, high = np.asarray(y).min(), np.asarray(y).max()
+        if not 0 <= low <= high < classes:
+            raise ValueError(
+                f"labels in [0, {classes}) are due, and they range from {low} to {high}"
+            )
     which, what = jax.random.split(_key(key, "random_labels"))
     drawn = jax.random.randint(what, y.shape, 0, classes, jnp.int32).astype(y.dtype)
     return x, jnp.where(jax.random.uniform(which, y.shape) < p, drawn, y)

@@ -195,7 +195,8 @@ def rezero(*, where: tree.Where = "**/alpha") -> Callable[[PRNGKeyArray, PyTree]
         for path, leaf in leaves.items():
             known = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer)
             inside = any(path.startswith(block) for block in blocks if block != "/")
-            if inside and known and tree.is_weight(path, leaf) and leaf.size and not leaf.any():
+            weight = inside and known and leaf.size and tree.is_weight(path, leaf)
+            if weight and not np.asarray(leaf).any():
                 raise ValueError(
                     f"{path!r} is all zero: with alpha = 0 no gradient of its block would ever be "
                     "anything but zero; initialize the branch as usual"
