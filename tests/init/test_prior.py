@@ -184,7 +184,7 @@ def test_it_finds_the_deviations_of_a_linear_process():
     np.testing.assert_allclose(history["kernel"][-40:].mean(), 2.0, rtol=0.1)
     np.testing.assert_allclose(history["bias"][-40:].mean(), 0.5, rtol=0.1)
     # The marginal at a point comes closer, in the exact distance of one dimension.
-    x0, rng = 0.7, np.random.default_rng(0)
+    x0, rng = 0.1, np.random.default_rng(0)
     size = np.sqrt(4 * x0**2 + 0.25)
     noise = rng.normal(size=4000)
     windows = []
