@@ -113,6 +113,11 @@ def bounds(batch):
     return batch - 0.5, batch + 0.5
 
 
+def mlp(params, x):
+    return jax.nn.relu(x @ params["up"]) @ params["down"]
+
+
+MLP = {"up": jnp.arange(8.0).reshape(2, 4) - 3, "down": jnp.ones((4, 3))}
 ATTENTION = {
     "query": {"kernel": jnp.zeros((8, 2, 4))},
     "key": {"kernel": jnp.zeros((8, 2, 4))},
@@ -248,6 +253,23 @@ ROWS = [
         ),
         number=0.75,
         random=True,
+    ),
+    Row(
+        "init.calibrate",
+        lambda key, params, batch, n: init.calibrate(
+            mlp, MLP, batch, target=n, warn=False, axis_name=axis_or_none()
+        ),
+        number=1.0,
+        tol=1e-4,
+    ),
+    Row(
+        "init.lsuv",
+        lambda key, params, batch, n: init.lsuv(
+            key, mlp, MLP, batch, target=n, warn=False, axis_name=axis_or_none()
+        ),
+        number=1.0,
+        random=True,
+        tol=1e-4,
     ),
     # array initializers
     Row("init.zero", draw(lambda n: init.zero()), like_params=True),

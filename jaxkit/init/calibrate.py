@@ -112,8 +112,8 @@ def _share(apply_fn: Callable, params: PyTree, args: Sequence[PyTree], *paths: s
 
 @partial(
     jax.tree_util.register_dataclass,
-    data_fields=["before", "after", "passes"],
-    meta_fields=["target", "tolerance", "skipped"],
+    data_fields=["before", "after", "passes", "target"],
+    meta_fields=["tolerance", "skipped"],
 )
 @dataclass(frozen=True)
 class Calibration:
@@ -131,7 +131,7 @@ class Calibration:
     before: Mapping[str, Float[Array, "*stack"]]
     after: Mapping[str, Float[Array, "*stack"]]
     passes: Int[Array, ""]
-    target: Any
+    target: Float[Array, ""]
     tolerance: float
     skipped: tuple[tuple[str, str], ...]
 
@@ -240,10 +240,11 @@ def calibrate(
     leaves = tree.flatten(params)
     biases = {path: _bias(path, leaves) for path in found} if center else {}
     biases = _shifted(apply_fn, params, args, {b for b in biases.values() if b})
+    goal = jnp.asarray(target, float)
     final, before, after, passes, effects = jax.jit(
         partial(_calibrate, apply_fn, found, biases, tolerance, warn, axis_name)
-    )(params, args, jnp.asarray(target, float))
-    report = Calibration(before, after, passes, target, tolerance, tuple(skipped.items()))
+    )(params, args, goal)
+    report = Calibration(before, after, passes, goal, tolerance, tuple(skipped.items()))
     if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((before, after, final))):
         _judge(report, effects)
     return final, report
