@@ -133,10 +133,12 @@ def advise(
     * ``no-gradient``: a leaf that gets none, though leaves before it do;
     * ``dead-units``: three in ten of the units that a leaf reads, but not all, are zero for every
       example (of eight or more);
-    * ``class-bias``: the untrained model guesses one class for nearly all examples.
+    * ``class-bias``: the untrained model guesses one class for nearly all examples (of eight or
+      more).
 
     Args:
-      apply_fn: ``apply_fn(params, batch)``, any front end; close over rngs and state.
+      apply_fn: ``apply_fn(params, batch)``, any front end. Close over rngs and state, and return
+        the predictions alone (not BatchNorm's new statistics).
       batch: arrays, or a tree of them, whose first axis is the examples. A unit is dead by chance
         in a small batch: take 32 or more, as different as the data are.
       loss: what the backward signal is the gradient of, a function of what `apply_fn` returns.
@@ -221,7 +223,7 @@ def _judge(rows, result, classes, n: int, threshold: float) -> list[Verdict]:
     kinds = {verdict.kind for verdict in out}
     if n >= 8 and not kinds & {"forward-dies", "alike"}:
         out += _dead_units(rows, n)
-    if classes is not None and not kinds & {"forward-dies"}:
+    if n >= 8 and classes is not None and not kinds & {"forward-dies"}:
         out += _class_bias(classes, result)
     return out
 

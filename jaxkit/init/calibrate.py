@@ -145,7 +145,7 @@ class Calibration:
             ]
         width = max(len(row[0]) for row in rows)
         lines = [f"{a:<{width}}  {b:>9}  {c:>10}" for a, b, c in rows]
-        lines += [f"{path} is left out: it {reason}" for path, reason in self.skipped]
+        lines += [f"{path} is left out, it {reason}" for path, reason in self.skipped]
         return "\n".join(lines)
 
 
@@ -203,8 +203,8 @@ def calibrate(
 
     Args:
       apply_fn: ``apply_fn(params, *args)`` as for `jaxkit.trace.taps`: as it predicts.
-      where: the leaves to calibrate; default: the weights whose operations can be reached, the
-        others are named in the report.
+      where: the leaves to calibrate; default: the weights that are contracted with an activation,
+        the others are named in the report.
       target: standard deviation of the outputs, a number or a traced scalar.
       tolerance: relative, static.
       center: also shift the biases next to the leaves by minus the mean of the output, as the
@@ -347,6 +347,9 @@ def _check(found, skipped, where, axis_name) -> None:
     for path, op in list(found.items()):
         if op.primitive not in _LINEAR:
             skipped[path] = f"goes into `{op.primitive}`, where its scale is not the output's"
+        elif where is None and op.primitive not in _uses.CONTRACTIONS:
+            skipped[path] = f"goes into `{op.primitive}`: choose it with `where` if it is meant"
+        if path in skipped:
             del found[path]
     if skipped and where is not None:
         raise ValueError(

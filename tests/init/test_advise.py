@@ -236,6 +236,7 @@ def test_class_bias():
     advice = advise(biased, w, X)
     assert found(advice) == {"class-bias": "(output)"}
     assert advice.classes.argmax() == 3 and "class 3" in str(advice)
+    assert not advise(biased, w, X[:4]).verdicts  # four of four may be chance
 
 
 def test_not_finite():

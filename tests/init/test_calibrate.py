@@ -246,6 +246,12 @@ def test_leaves_that_cannot_be_reached():
     params = {"w": w, "shift": v[:1]}
     _, report = calibrate(added, params, X)
     assert [path for path, _ in report.skipped] == ["shift"] and "shift is left out" in str(report)
+    table = {"w": w, "table": 3 * v}
+    looked = lambda p, tokens: p["table"][tokens] @ p["w"]
+    _, report = calibrate(looked, table, jnp.arange(6))
+    assert report.skipped[0][0] == "table" and list(report.after) == ["w"]
+    out, _ = calibrate(looked, table, jnp.arange(6), where="*")
+    close(out["table"].std(), 1)
     with pytest.raises(ValueError, match="'shift' goes into `add`"):
         calibrate(added, params, X, where="*")
     with pytest.raises(ValueError, match="'v' feeds no operation"):
