@@ -15,7 +15,7 @@ from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from jaxkit import tree
-from jaxkit.init.calibrate import Operation
+from jaxkit.init._operations import Operation
 from jaxkit.init.signals import Layer, Signals, find, measure
 
 __all__ = ["Advice", "Row", "Verdict", "advise"]

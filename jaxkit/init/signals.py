@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxkit import tree
-from jaxkit.init.calibrate import operations
+from jaxkit.init._operations import operations
 from jaxkit.init.kernel import class_fractions
 from jaxkit.trace import _uses
 from jaxkit.trace.taps import replay
