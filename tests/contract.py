@@ -94,6 +94,11 @@ def axis_or_none() -> Any:
     return "data"
 
 
+def every(params):
+    """Choose all leaves."""
+    return jax.tree.map(lambda _: True, params)
+
+
 def draw(initializer):
     """Call an array initializer on every weight."""
 
@@ -270,6 +275,85 @@ ROWS = [
         number=1.0,
         random=True,
         tol=1e-4,
+    ),
+    Row(
+        "init.signals",
+        lambda key, params, batch, n: (
+            init.signals(mlp, MLP, batch, axis_name=axis_or_none()).layers
+        ),
+        tol=1e-4,
+    ),
+    Row(
+        "init.transplant",
+        lambda key, params, batch, n: init.transplant(params, params, where=every(params))[0],
+        like_params=True,
+        keeps=False,  # an empty tree has nothing to load
+    ),
+    Row(
+        "init.sample_prior",
+        lambda key, params, batch, n: init.sample_prior(
+            key, jax.tree.map(lambda w: n, params), params
+        ),
+        number=0.5,
+        random=True,
+        like_params=True,
+    ),
+    # losses and masks of warm starts
+    Row(
+        "init.span_mask",
+        lambda key, params, batch, n: init.span_mask(key, (2, 12), span=3),
+        random=True,
+    ),
+    Row(
+        "init.hide",
+        lambda key, params, batch, n: init.hide(square(batch), square(batch)[..., 0] > 1),
+        shards=False,
+    ),
+    Row(
+        "init.masked_loss",
+        lambda key, params, batch, n: init.masked_loss(
+            square(batch), jnp.sin(square(batch)), square(batch)[..., 0] > 1
+        ),
+        shards=False,
+    ),
+    Row(
+        "init.triplet_loss",
+        lambda key, params, batch, n: init.triplet_loss(
+            batch, jnp.sin(batch), jnp.cos(batch), 2 * (jnp.arange(16) % 2) - 1, margin=n
+        ),
+        number=0.5,
+        shards=False,
+    ),
+    Row(
+        "init.contrastive_loss",
+        lambda key, params, batch, n: init.contrastive_loss(
+            jnp.sin(batch), jnp.cos(batch), temperature=n
+        ),
+        number=0.5,
+        shards=False,
+    ),
+    Row(
+        "init.count_foreground",
+        lambda key, params, batch, n: init.count_foreground(
+            (batch - 1).astype(int), axis_name=axis_or_none()
+        ),
+    ),
+    Row("init.class_prior", lambda key, params, batch, n: init.class_prior(n, 10.0), number=2.0),
+    Row(
+        "init.prior_bias",
+        lambda key, params, batch, n: init.prior_bias(n)(key, (3,)),
+        number=0.1,
+    ),
+    Row(
+        "init.sampling_free_loss",
+        lambda key, params, batch, n: init.sampling_free_loss(batch, (batch > 1).astype(int), n),
+        number=4.0,
+        shards=False,
+    ),
+    Row(
+        "init.guided_loss",
+        lambda key, params, batch, n: init.guided_loss(n**2, n + 1),
+        number=2.0,
     ),
     # array initializers
     Row("init.zero", draw(lambda n: init.zero()), like_params=True),
@@ -495,7 +579,16 @@ EXEMPT = {
     "weights.files.stats": "host-side, in float64; tested in weights/test_files.py",
     "init.Activation": "a type",
     "init.Bounds": "a type",
+    "init.Advice": "a type",
     "init.Calibration": "a type",
+    "init.FunctionalPrior": "a type",
+    "init.Signals": "a type",
+    "init.Transplanted": "a type",
+    "init.advise": "host-side: a verdict in words; its numbers are those of init.signals",
+    "init.crop": "a rule for init.transplant",
+    "init.functional_prior": "a training loop; tested in init/test_prior.py",
+    "init.gaussian_process": "makes a function; tested in init/test_prior.py",
+    "init.resize": "a rule for init.transplant",
     "init.Critical": "a type",
     "init.DeepScale": "a type",
     "init.FiniteWidth": "a type",
