@@ -17,6 +17,7 @@ from jaxkit.init.criticality import (
     susceptibilities,
     width_fluctuation,
 )
+from jaxkit.init.gauss import expect, moments
 from jaxkit.init.kernel import (
     class_fractions,
     correlation_map,
@@ -24,7 +25,6 @@ from jaxkit.init.kernel import (
     propagate,
     variance_map,
 )
-from jaxkit.init.gauss import expect, moments
 from jaxkit.init.pseudo_iid import orthogonal
 
 ROOT = math.sqrt(2)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from jaxkit.init.gain import balanced_sigma, gain, input_gain, maxout, maxout_range, vi3nr
+from jaxkit.init.gauss import pool_moment
 from jaxkit.init.graph import (
     architecture_aware,
     in_degrees,
@@ -16,7 +17,6 @@ from jaxkit.init.graph import (
     path_lengths,
 )
 from jaxkit.init.interval import affine_bounds, ibp, ibp_regularizer
-from jaxkit.init.gauss import pool_moment
 
 S = 0.05
 HE = jax.nn.initializers.variance_scaling(2.0, "fan_in", "normal")
