@@ -18,7 +18,7 @@ UnitMask = Mapping[str, Bool[Array, " units"]]
 
 
 class Shrunk(NamedTuple):
-    """What `shrink` did.
+    """What `shrink` did; ``print`` it for a table.
 
     axes: (units before, units after) by name of axis, for those that lost some.
     leaves: (shape before, shape after) by path, for those that changed.
@@ -28,6 +28,16 @@ class Shrunk(NamedTuple):
     axes: dict[str, tuple[int, int]]
     leaves: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]
     entries: tuple[int, int]
+
+    def __str__(self) -> str:
+        shape = lambda sizes: "x".join(map(str, sizes))
+        rows = [(name, f"{a} units", f"{b} units") for name, (a, b) in self.axes.items()]
+        rows += [(path, shape(a), shape(b)) for path, (a, b) in self.leaves.items()]
+        rows.append(("all entries", f"{self.entries[0]:,}", f"{self.entries[1]:,}"))
+        widths = [max(len(row[i]) for row in rows) for i in range(3)]
+        return "\n".join(
+            f"{name:<{widths[0]}}  {a:>{widths[1]}} -> {b:>{widths[2]}}" for name, a, b in rows
+        )
 
 
 def _known(axes: PyTree, unit_mask: UnitMask) -> dict[str, Axis]:
@@ -137,8 +147,13 @@ def shrink(
     >>> params = {"w": jnp.ones((2, 3)), "v": jnp.ones((3, 1))}
     >>> axes = {"w": (None, "hidden"), "v": ("hidden", None)}
     >>> small, sizes, report = shrink(params, {"hidden": np.array([True, False, True])}, axes)
-    >>> small["w"].shape, sizes, report.entries
-    ((2, 2), {'hidden': 2}, (9, 6))
+    >>> small["w"].shape, sizes
+    ((2, 2), {'hidden': 2})
+    >>> print(report)
+    hidden       3 units -> 2 units
+    v                3x1 ->     2x1
+    w                2x3 ->     2x2
+    all entries        9 ->       6
 
     References:
       Fang, Ma, Song, Mi, Wang: DepGraph: Towards Any Structural Pruning (arXiv:2301.12900), which
