@@ -425,6 +425,10 @@ def kth_largest(tree: PyTree, k: Any, *, where: Where = None) -> Float[Array, ""
     3.0
     """
     leaves, _, bits = _ranked(tree, where)
+    return _kth(leaves, k, bits)
+
+
+def _kth(leaves: list[Array], k: Any, bits: int) -> Float[Array, ""]:
     if not leaves:
         raise ValueError("no leaf is chosen, so there is no k-th largest entry")
     pair = rank.as_pair(k)
@@ -440,10 +444,10 @@ def quantile(tree: PyTree, q: Any, *, where: Where = None) -> Float[Array, ""]:
     >>> quantile({"w": jnp.arange(10.0).reshape(2, 5)}, 0.5).item()
     4.0
     """
-    leaves, _, _ = _ranked(tree, where)
+    leaves, _, bits = _ranked(tree, where)
     n = sum(leaf.size for leaf in leaves)
     if isinstance(q, int | float):
         if not 0 <= q <= 1:
             raise ValueError(f"q={q} is not in [0, 1]")
-        return kth_largest(tree, n - math.floor(Fraction(repr(q)) * (n - 1)), where=where)
-    return kth_largest(tree, n - jnp.floor(q * (n - 1)), where=where)
+        return _kth(leaves, n - math.floor(Fraction(repr(q)) * (n - 1)), bits)
+    return _kth(leaves, n - jnp.floor(q * (n - 1)), bits)
