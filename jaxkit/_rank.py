@@ -8,6 +8,7 @@ count per group moves. Counts are pairs (high, low) of uint32 words, for no tree
 
 import math
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -31,8 +32,36 @@ def is_pair(x: Any) -> bool:
 
 
 def share(n: Pair, fraction: Any) -> Pair:
-    """Return round(fraction n), computed in float32."""
+    """Return round-half-even(fraction n): exactly for a Python number of few digits.
+
+    That is one that is a ratio of integers below 2**16 (0.2, 0.1234); float32 has the others.
+    """
+    if isinstance(fraction, int | float | np.number):
+        exact = Fraction(repr(float(fraction)))
+        if 0 <= exact <= 1 and exact.denominator < 2**16:
+            return _ratio(n, exact)
     return as_pair(jnp.round(fraction * (n.hi * jnp.float32(_WORD) + n.lo)))
+
+
+def _ratio(n: Pair, fraction: Fraction) -> Pair:
+    """Divide and multiply by hand, in digits of 16 bits."""
+    a, b = (jnp.uint32(x) for x in fraction.as_integer_ratio())
+    rest, carry, quotient, product = jnp.uint32(0), jnp.uint32(0), [], []
+    for digit in (n.hi >> 16, n.hi & 0xFFFF, n.lo >> 16, n.lo & 0xFFFF):
+        rest = rest << 16 | digit
+        quotient.append(rest // b)
+        rest = rest % b
+    for digit in reversed(quotient):
+        carry = digit * a + carry
+        product.append(carry & 0xFFFF)
+        carry = carry >> 16
+    hi, lo = product[3] << 16 | product[2], product[1] << 16 | product[0]
+    more, rest = rest * a // b, rest * a % b
+    low = lo + more
+    up = (2 * rest > b) | ((2 * rest == b) & (low & 1 == 1))
+    hi += low < lo
+    last = low + up
+    return Pair(hi + (up & (last == 0)), last)
 
 
 def _at_least(a: Pair, b: Pair):
@@ -65,6 +94,11 @@ def count(bits: Bool[Array, "..."]) -> Pair:
     longest = int(np.argmax(bits.shape))
     partial = jnp.sum(bits, axis=longest, dtype=jnp.uint32).ravel()
     return _add_up(Pair(jnp.zeros_like(partial), partial))
+
+
+def total(leaves: Sequence[Bool[Array, "..."]]) -> Pair:
+    """Count the True entries of all leaves together."""
+    return _add_up(_counts(leaves)) if leaves else as_pair(0)
 
 
 def _counts(leaves: Sequence[Bool[Array, "..."]]) -> Pair:

@@ -35,7 +35,10 @@ __all__ = [
     "Where",
     "check_key",
     "check_like",
+    "chosen",
+    "concrete",
     "flatten",
+    "float32",
     "is_array",
     "is_inexact",
     "is_weight",
@@ -264,6 +267,38 @@ def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, where: Where = None
     )
 
 
+def chosen(tree: PyTree, where: Where = None) -> dict[str, Inexact[Array, "..."]]:
+    """Return the leaves that `where` chooses by path, in leaf order.
+
+    >>> list(chosen({"kernel": jnp.ones((1, 2)), "bias": jnp.ones(2), "step": 3}))
+    ['kernel']
+    """
+    bits = jax.tree.leaves(select(tree, where))
+    return {p: leaf for (p, leaf), bit in zip(flatten(tree).items(), bits, strict=True) if bit}
+
+
+# ------------------------------------------------------------------------------------- values
+
+
+def concrete(*values: Any) -> bool:
+    """Tell whether all leaves are known, that is no tracer: whether an error can depend on them.
+
+    >>> concrete({"w": jnp.ones(2)}, 3.0), jax.eval_shape(lambda x: print(concrete(x)), 1.0)
+    False
+    (True, None)
+    """
+    return not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(values))
+
+
+def float32(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """Return the array in float32, or as it is if its dtype is wider: what statistics sum in.
+
+    >>> float32(jnp.ones(1, jnp.bfloat16)).dtype, float32(jnp.ones(1, jnp.complex64)).dtype
+    (dtype('float32'), dtype('complex64'))
+    """
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 # -------------------------------------------------------------------------------------- keys
 
 
@@ -352,16 +387,16 @@ def ravel(tree: PyTree, where: Where = None) -> tuple[Inexact[Array, " n"], Call
 
 def _ranked(tree: PyTree, where: Where) -> tuple[list[Array], list[bool], int]:
     """Return the leaves to rank, the choice for every leaf, and the bits of the widest dtype."""
-    chosen = jax.tree.leaves(select(tree, where))
-    picked = {p: x for (p, x), c in zip(flatten(tree).items(), chosen, strict=True) if c}
+    bits = jax.tree.leaves(select(tree, where))
+    picked = {p: x for (p, x), c in zip(flatten(tree).items(), bits, strict=True) if c}
     for path, leaf in picked.items():
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{path!r} has dtype {leaf.dtype}, and only real numbers have an order")
         spoiled = jnp.isnan(leaf).any()
-        if not isinstance(spoiled, Tracer) and spoiled:
+        if concrete(spoiled) and spoiled:
             raise ValueError(f"{path!r} holds NaN, which has no rank")
     wide = any(leaf.dtype == jnp.float64 for leaf in picked.values())
-    return list(picked.values()), chosen, 64 if wide else 32
+    return list(picked.values()), bits, 64 if wide else 32
 
 
 def topk(

@@ -3,7 +3,7 @@
 from jaxkit.masks.allocate import erk, uniform
 from jaxkit.masks.report import Report, report
 from jaxkit.masks.score import magnitude, random, snip
-from jaxkit.masks.select import Mask, apply, topk
+from jaxkit.masks.select import Mask, apply, prune, topk
 from jaxkit.masks.structured import Shrunk, shrink, units
 from jaxkit.masks.train import (
     Rule,
@@ -29,6 +29,7 @@ __all__ = [
     "gradual",
     "hold",
     "magnitude",
+    "prune",
     "random",
     "regrow",
     "report",

@@ -17,7 +17,7 @@ from jaxkit import tree
 
 Mask = PyTree[Bool[Array, "..."]]
 
-__all__ = ["Mask", "apply", "check_sparsity", "topk"]
+__all__ = ["Mask", "apply", "check_sparsity", "prune", "topk"]
 
 
 def check_sparsity(sparsity: Any) -> None:
@@ -96,6 +96,53 @@ def topk(
         else:
             keep = jax.tree.map(lambda s, leaf: _kept(s, np.size(leaf)), sparsity, scores)
     return tree.topk(scores, keep, where=where, within=within)
+
+
+def prune(
+    mask: Mask, scores: PyTree, fraction: float | Array | PyTree, *, where: tree.Where = None
+) -> Mask:
+    """Prune a fraction of what is still there: the live entries with the lowest scores leave.
+
+    Of n live entries n - round-half-even(fraction n) stay, so that after r rounds of a mask of ones
+    about (1 - fraction)^r of it is left. The new mask lies within the old one.
+
+    Args:
+      mask: a tree of bools like params.
+      scores: what the live entries are worth, like params (`magnitude` of trained params, say).
+      fraction: in [0, 1]. One number ranks the live entries of all chosen leaves together; a tree
+        of numbers ranks each leaf for itself. Counts are exact for Python numbers of up to four
+        digits, and those of float32 for others and for traced ones.
+      where: the leaves to prune. Default: the weights if there is one number, and every leaf if
+        there is a tree of them.
+
+    Raises:
+      ValueError: a fraction outside [0, 1], a tree that does not fit, and what `topk` raises.
+
+    >>> mask = {"w": jnp.array([[True, True, False, True, True]])}
+    >>> scores = {"w": jnp.array([[4.0, 1.0, 9.0, 2.0, 3.0]])}
+    >>> prune(mask, scores, 0.5)["w"].tolist()
+    [[True, False, False, False, True]]
+    """
+    tree.check_like(scores, mask, "mask")
+    for path, p in tree.flatten(fraction).items():
+        if isinstance(p, int | float | np.number) and not 0 <= p <= 1:
+            at = f" at {path!r}" if path else ""
+            raise ValueError(f"fraction{at} is {p}, and a share of the live entries is due: [0, 1]")
+    single = jax.tree.structure(fraction) == jax.tree.structure(0)
+    if not single and jax.tree.structure(fraction) != jax.tree.structure(scores):
+        tree.check_like(scores, fraction, "fraction")
+    if where is None and not single:
+        where = jax.tree.map(_is_float_array, scores)
+    chosen = tree.select(scores, where)
+    left = lambda n, p: rank.minus(n, rank.share(n, p))
+    if single:
+        pairs = zip(jax.tree.leaves(mask), jax.tree.leaves(chosen), strict=True)
+        keep = left(rank.total([m for m, bit in pairs if bit]), fraction)
+    else:
+        count = lambda bit, m, p: left(rank.count(m), p) if bit else 0
+        keep = jax.tree.map(count, chosen, mask, fraction)
+    kept = tree.topk(scores, keep, where=chosen, within=mask)
+    return jax.tree.map(lambda bit, k, m: k if bit else m, chosen, kept, mask)
 
 
 def _is_float_array(leaf: Any) -> bool:

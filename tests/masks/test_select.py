@@ -224,3 +224,68 @@ def test_report_counts():
         layer, name = row.path.split("/")
         assert row.kept == np.count_nonzero(mask[layer][name]) and row.chosen == (name == "kernel")
     assert "fc1/kernel  784x300  235,200  47,040   80.00 %" in str(got)
+
+
+# ------------------------------------------------------------------------------------- prune
+
+
+def test_share_rounds_exactly():
+    from jaxkit import _rank as rank
+
+    def by_hand(n, p):
+        pair = rank.share(rank.as_pair(n), p)
+        return int(pair.hi) * 2**32 + int(pair.lo)
+
+    rng = np.random.default_rng(0)
+    for n in [
+        0,
+        1,
+        5,
+        25,
+        2**24 + 1,
+        2**32 - 1,
+        2**32,
+        7 * 2**40 + 3,
+        *rng.integers(2**50, size=9),
+    ]:
+        for p in (0.0, 0.1, 0.2, 0.25, 0.5, 0.1234, 1.0):
+            assert by_hand(int(n), p) == round(Fraction(repr(p)) * int(n)), (n, p)
+
+
+def test_prune_takes_a_share_of_the_live_entries():
+    rng = np.random.default_rng(1)
+    params = {
+        "a": jnp.asarray(rng.normal(size=(40, 50))),
+        "c": jnp.asarray(rng.normal(size=(7, 11))),
+    }
+    params["bias"] = jnp.ones(3)
+    mask, live = jax.tree.map(lambda w: jnp.ones_like(w, bool), params), 2077
+    fractions = {"a": 0.2, "c": 0.1, "bias": 0.0}
+    own, counts = mask, {"a": 2000, "c": 77, "bias": 3}
+    each = jax.jit(lambda mask, scores: masks.prune(mask, scores, fractions))
+    for _ in range(8):
+        scores = jax.tree.map(lambda w: jnp.asarray(rng.random(w.shape)), params)
+        new = masks.prune(mask, scores, 0.2)
+        live -= round(Fraction("0.2") * live)
+        assert int(new["a"].sum() + new["c"].sum()) == live and new["bias"].all()
+        assert not any((n & ~m).any() for n, m in zip(new.values(), mask.values(), strict=True))
+        flat = lambda t: np.concatenate([np.ravel(t["a"]), np.ravel(t["c"])])
+        assert flat(scores)[flat(new)].min() > flat(scores)[flat(mask) & ~flat(new)].max()
+        mask = new
+        same = each(own, scores)
+        counts = {k: n - round(Fraction(repr(fractions[k])) * n) for k, n in counts.items()}
+        assert {k: int(m.sum()) for k, m in same.items()} == counts
+        assert not any((same[k] & ~own[k]).any() for k in own)
+        own = same
+
+
+def test_prune_names_a_wrong_fraction():
+    mask, scores = {"w": jnp.ones((2, 2), bool)}, {"w": jnp.ones((2, 2))}
+    with pytest.raises(ValueError, match="fraction at 'w' is 20"):
+        masks.prune(mask, scores, {"w": 20})
+    with pytest.raises(ValueError, match=r"fraction is -0\.1"):
+        masks.prune(mask, scores, -0.1)
+    with pytest.raises(ValueError, match="'w' is only in the first"):
+        masks.prune(mask, scores, {"v": 0.1})
+    with pytest.raises(ValueError, match=r"'w' has shape \(3,\)"):
+        masks.prune({"w": jnp.ones(3, bool)}, scores, 0.1)
