@@ -6,8 +6,10 @@ from jaxkit.masks.score import magnitude, random, snip
 from jaxkit.masks.select import Mask, apply, prune, topk
 from jaxkit.masks.structured import Shrunk, shrink, units
 from jaxkit.masks.train import (
+    ConstrainState,
     Rule,
     SparseState,
+    constrain,
     current,
     gradual,
     hold,
@@ -18,12 +20,14 @@ from jaxkit.masks.train import (
 )
 
 __all__ = [
+    "ConstrainState",
     "Mask",
     "Report",
     "Rule",
     "Shrunk",
     "SparseState",
     "apply",
+    "constrain",
     "current",
     "erk",
     "gradual",

@@ -1,9 +1,10 @@
 """Sparse training: an optax transformation that keeps pruned entries at exactly zero.
 
 `sparse` is the primitive: it wraps any optax transformation, carries the mask in its state, and
-may let a rule change the mask every few steps. The methods are rules: `gradual` prunes, `rigl`
-drops and grows. No hook in the train step: gradients of the loss at the (masked) params go in,
-dense, and ``optax.apply_updates`` leaves exact zeros.
+may let a rule change the mask every few steps; `constrain` is the same with entries outside the
+mask frozen as they are. The methods are rules: `gradual` prunes, `rigl` drops and grows. No hook
+in the train step: gradients of the loss at the (masked) params go in, dense, and
+``optax.apply_updates`` leaves exact zeros.
 
 The wrapped transformation sees the sparse problem: gradients and params are masked on the way in,
 so that global-norm clipping, trust ratios and preconditioners measure what is there.
@@ -25,8 +26,10 @@ from jaxkit.masks.select import Mask, check_sparsity, keep_where, topk
 Rule = Callable[[PRNGKeyArray | None, Mask, PyTree, PyTree, Int[Array, ""]], Mask]
 
 __all__ = [
+    "ConstrainState",
     "Rule",
     "SparseState",
+    "constrain",
     "current",
     "gradual",
     "hold",
@@ -39,6 +42,15 @@ __all__ = [
 
 class SparseState(NamedTuple):
     """The state of `sparse`: updates seen, the mask in force, the wrapped state, the key."""
+
+    step: Int[Array, ""]
+    mask: Mask
+    inner: Any
+    key: PRNGKeyArray | None
+
+
+class ConstrainState(NamedTuple):
+    """The state of `constrain`, field by field that of `sparse`."""
 
     step: Int[Array, ""]
     mask: Mask
@@ -96,22 +108,74 @@ def sparse(
     >>> optax.apply_updates(params, updates)["kernel"].tolist()[0][1]
     0.0
     """
+    return _masked(SparseState, lambda w: -w, tx, mask, update, every, begin, end, key)
+
+
+def constrain(
+    tx: optax.GradientTransformation,
+    mask: Mask | Callable[[PyTree], Mask],
+    *,
+    update: Rule | None = None,
+    every: int | Array = 1,
+    begin: int | Array = 0,
+    end: int | Array | None = None,
+    key: PRNGKeyArray | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Wrap an optax transformation so that entries outside the mask stay as they are, to the bit.
+
+    With m the mask: the wrapped transformation gets m*g and m*w, as if the entries in m were all
+    there is; of its update u the entries in m go out, and -0 at all others (w + -0 is w, for w = -0
+    too). So nothing moves a frozen entry: no momentum, no decoupled weight decay, no noise. The
+    model still reads it, for params are not masked. (``optax.masked`` and ``freeze`` act on whole
+    leaves, and `sparse` puts zeros where this one freezes.)
+
+    Both may be nested: ``sparse(constrain(tx, ~used), mask)`` trains what is in the mask and not in
+    use, holds what is in both, and zeroes the rest.
+
+    Args:
+      tx: any optax transformation, see `sparse`.
+      mask: a tree of bools like params, True where training goes on, or a function of the first
+        params that returns it.
+      update: a rule that changes the mask, see `sparse`. Entries that change sides keep their
+        value; the state of `tx` is initialized anew there.
+      every, begin, end, key: as in `sparse`.
+
+    Returns:
+      A transformation whose ``update(grads, state, params)`` needs params. What follows it in a
+      chain must leave zeros alone.
+
+    Raises:
+      ValueError: a mask that does not fit params, or update without params.
+      TypeError: a legacy uint32 key.
+
+    >>> params = {"kernel": jnp.array([[3.0, 1.0]])}
+    >>> tx = constrain(optax.adamw(0.1), {"kernel": jnp.array([[True, False]])})
+    >>> updates, state = tx.update({"kernel": jnp.ones((1, 2))}, tx.init(params), params)
+    >>> optax.apply_updates(params, updates)["kernel"].tolist()[0][1]
+    1.0
+    """
+    frozen = lambda w: jnp.full_like(w, -0.0)
+    return _masked(ConstrainState, frozen, tx, mask, update, every, begin, end, key)
+
+
+def _masked(kind, outside, tx, mask, update, every, begin, end, key):
+    """Wrap `tx`: what goes in is masked, and outside the mask goes out ``outside(w)``."""
     inner_tx = optax.with_extra_args_support(tx)
     if key is not None:
         tree.check_key(key)
 
     def init(params):
         first = mask(params) if callable(mask) and jax.tree.leaves(params) else mask
-        return SparseState(jnp.zeros((), jnp.int32), _fit(first, params), tx.init(params), key)
+        return kind(jnp.zeros((), jnp.int32), _fit(first, params), tx.init(params), key)
 
     def change(state, params, grads):
         folded = None if state.key is None else jax.random.fold_in(state.key, state.step)
-        new = update(folded, state.mask, params, grads, state.step)  # type: ignore[misc]
+        new = update(folded, state.mask, params, grads, state.step)
         return new, _renew(tx, state.inner, state.mask, new, keep_where(new, params))
 
     def step(updates, state, params=None, **extra):
         if params is None:
-            raise ValueError("sparse needs the params: tx.update(grads, state, params)")
+            raise ValueError("a mask needs the params: tx.update(grads, state, params)")
         now, inner = state.mask, state.inner
         if update is not None:
             due = (state.step >= begin) & ((state.step - begin) % every == 0)
@@ -123,10 +187,10 @@ def sparse(
             keep_where(now, updates), inner, keep_where(now, params), **extra
         )
         # in the wider of the two dtypes, or w - w would not be 0
-        zero = lambda u, w, m: jnp.where(m, u, -w) if tree.is_inexact(w) else u
-        updates = jax.tree.map(zero, updates, params, now)
+        split = lambda u, w, m: jnp.where(m, u, outside(w)) if tree.is_inexact(w) else u
+        updates = jax.tree.map(split, updates, params, now)
         count = jnp.asarray(optax.safe_increment(state.step))
-        return updates, SparseState(count, now, inner, state.key)
+        return updates, kind(count, now, inner, state.key)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, step))
 
@@ -134,7 +198,9 @@ def sparse(
 def _renew(tx, state, old: Mask, new: Mask, params: PyTree) -> optax.OptState:
     """Initialize the state of `tx` anew at the entries whose side of the mask changed."""
     changed = jax.tree.map(lambda a, b: a != b, old, new)
-    here = lambda s, c: c if jnp.shape(s) == jnp.shape(c) else False
+    # (bools are the masks of wrappers inside, which have rules of their own)
+    own = lambda s: tree.is_array(s) and s.dtype != bool
+    here = lambda s, c: c if own(s) and jnp.shape(s) == jnp.shape(c) else False
     marks = optax.tree_utils.tree_map_params(
         tx,
         lambda s, c: s if isinstance(s, optax.MaskedNode) else here(s, c),
@@ -167,18 +233,25 @@ def hold(mask: Mask | Callable[[PyTree], Mask]) -> optax.GradientTransformationE
     return sparse(optax.identity(), mask)
 
 
-def current(opt_state: optax.OptState) -> Mask:
+def current(opt_state: optax.OptState, kind: type | None = None) -> Mask:
     """Return a copy of the mask in force, found anywhere in an optimizer state.
 
+    Args:
+      opt_state: the state of an optimizer that has `sparse`, `constrain` or `hold` somewhere in it.
+      kind: `SparseState` or `ConstrainState`, where both are nested in each other and one is meant.
+        Default: the mask of `sparse`, and if there is none that of `constrain`.
+
     Raises:
-      ValueError: the state holds no mask, or several.
+      ValueError: the state holds no mask, or several of the kind.
 
     >>> tx = optax.chain(optax.adam(1e-3), hold({"kernel": jnp.array([[True, False]])}))
     >>> current(tx.init({"kernel": jnp.ones((1, 2))}))["kernel"].tolist()
     [[True, False]]
     """
-    is_state = lambda s: isinstance(s, SparseState)
-    found = [s for s in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(s)]
+    found = []
+    for each in (SparseState, ConstrainState) if kind is None else (kind,):
+        is_state = lambda s, each=each: isinstance(s, each)
+        found = found or [s for s in jax.tree.leaves(opt_state, is_leaf=is_state) if is_state(s)]
     if len(found) != 1:
         raise ValueError(f"the optimizer state holds {len(found)} masks, and one is due")
     return jax.tree.map(lambda m: jnp.array(m) if tree.is_array(m) else m, found[0].mask)

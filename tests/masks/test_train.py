@@ -161,6 +161,111 @@ def test_donation_leaves_the_callers_mask():
         np.testing.assert_array_equal(m, c)  # both are still alive
 
 
+# ------------------------------------------------------------------------------------ constrain
+
+
+def outside(params, mask):
+    """The bits of what the mask leaves out."""
+    leaves = zip(*map(jax.tree.leaves, (params, mask)), strict=True)
+    return [np.asarray(w)[~np.asarray(m)].tobytes() for w, m in leaves]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_frozen_entries_keep_their_bits(name, dtype):
+    """Negative zeros and tiny numbers too; and trained entries do move."""
+    params, mask, loss_fn = problem(dtype)
+    w = params["a"]["kernel"]
+    w = jnp.where(mask["a"]["kernel"], w, jnp.where(jnp.arange(7) % 2 == 0, -0.0, 1e-30))
+    params["a"]["kernel"] = w.astype(dtype)
+    (final, state), history = train(masks.constrain(OPTIMIZERS[name], mask), params, loss_fn)
+    for t in range(20):
+        assert outside(jax.tree.map(lambda w: w[t], history), mask) == outside(params, mask)
+    moved = np.asarray((final["a"]["kernel"] != params["a"]["kernel"]) & mask["a"]["kernel"])
+    assert moved.sum() > 0.8 * np.asarray(mask["a"]["kernel"]).sum()
+    np.testing.assert_array_equal(masks.current(state)["a"]["kernel"], mask["a"]["kernel"])
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw", "clipped"])
+def test_constrained_training_is_training_of_the_entries_in_the_mask(name):
+    """The wrapped optimizer on all of w, and the bare one on the vector of trainable entries."""
+    params, mask, loss_fn = problem()
+    index = [np.nonzero(np.asarray(m)) for m in jax.tree.leaves(mask)]
+    structure = jax.tree.structure(params)
+
+    def scatter(live):
+        leaves = zip(live, index, jax.tree.leaves(params), strict=True)
+        return jax.tree.unflatten(structure, [w.at[i].set(v) for v, i, w in leaves])
+
+    live = [w[i] for w, i in zip(jax.tree.leaves(params), index, strict=True)]
+    (want, _), _ = train(OPTIMIZERS[name], live, lambda live: loss_fn(scatter(live)))
+    (got, _), _ = train(masks.constrain(OPTIMIZERS[name], mask), params, loss_fn)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(scatter(want)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("outer", ["sparse", "constrain"])
+def test_sparse_and_constrain_nest(outer):
+    """Outside the mask zero, inside and used frozen, inside and free trained; either way around."""
+    params, mask, loss_fn = problem()
+    used = masks.topk(masks.random(KEY, params), sparsity=0.5)
+    free = jax.tree.map(jnp.logical_not, used)
+    adam = OPTIMIZERS["adamw"]
+    if outer == "sparse":
+        tx = masks.sparse(masks.constrain(adam, free), mask)
+    else:  # the frozen entries first, so that only free ones are zeroed
+        tx = masks.constrain(masks.sparse(adam, mask), free)
+    (final, state), _ = train(tx, params, loss_fn)
+    for w, w0, m, u in zip(*map(jax.tree.leaves, (final, params, mask, used)), strict=True):
+        w, w0, m, u = map(np.asarray, (w, w0, m, u))
+        gone = ~m if outer == "sparse" else ~m & ~u
+        frozen = m & u if outer == "sparse" else u
+        assert not w[gone].any()
+        assert w[frozen].tobytes() == w0[frozen].tobytes()
+        assert (w != w0)[m & ~u].all()
+    read = lambda kind: masks.current(state, kind)["a"]["kernel"]
+    np.testing.assert_array_equal(read(None), mask["a"]["kernel"])
+    np.testing.assert_array_equal(read(masks.SparseState), mask["a"]["kernel"])
+    np.testing.assert_array_equal(read(masks.ConstrainState), free["a"]["kernel"])
+
+
+def test_a_mask_inside_survives_a_change_of_the_mask_around_it():
+    """The outer rule renews moments, not the frozen mask that its own rule had narrowed."""
+    params, mask, loss_fn = problem()
+    narrow = lambda key, m, w, g, t: jax.tree.map(lambda m: m & (jnp.arange(m.shape[-1]) > 0), m)
+    every = lambda params: jax.tree.map(lambda w: jnp.ones_like(w, bool), params)
+    inner = masks.constrain(optax.adam(0.01), every, update=narrow, begin=0, end=0)
+    tx = masks.rigl(inner, mask, every=2, drop_rate=0.5)
+    start = masks.apply(params, mask)
+    (final, state), _ = train(tx, start, loss_fn, 9)
+    for m in jax.tree.leaves(masks.current(state, masks.ConstrainState)):
+        assert not m[..., 0].any() and m[..., 1:].all()
+    held, now = start["c"]["kernel"][:, 0], final["c"]["kernel"][:, 0]
+    assert ((now == held) | (now == 0)).all()  # out of the free columns: held, or dropped
+    free = masks.current(state)["c"]["kernel"][:, 1:]
+    assert (final["c"]["kernel"] != start["c"]["kernel"])[:, 1:][free].all()
+
+
+def test_constrain_changes_its_mask_by_a_rule():
+    """A rule that freezes what has grown: values stay, moments of what changed sides start anew."""
+    params, _, loss_fn = problem()
+    small = lambda params: jax.tree.map(lambda w: jnp.abs(w) < 0.5, params)
+    rule = lambda key, mask, params, grads, step: jax.tree.map(jnp.logical_and, mask, small(params))
+    tx = masks.constrain(optax.adam(0.1), small, update=rule, begin=5, end=5)
+    (final, state), history = train(tx, params, loss_fn, 10)
+    before = jax.tree.map(lambda w: w[4], history)
+    mask = masks.current(state)
+    for m, w0, w5, w10, mu in zip(
+        *map(jax.tree.leaves, (mask, params, before, final, state.inner[0].mu)), strict=True
+    ):
+        due = (np.abs(w0) < 0.5) & (np.abs(w5) < 0.5)
+        np.testing.assert_array_equal(m, due)
+        assert np.asarray(w10)[~due].tobytes() == np.asarray(w5)[~due].tobytes()
+        assert not np.asarray(mu)[~due].any()
+        assert (np.asarray(w10) != np.asarray(w5))[due].all()
+    assert sum(counts(small(params))) > sum(counts(mask)) > 0  # some had grown
+
+
 def test_bad_input():
     params, mask, _ = problem()
     tx = masks.sparse(optax.sgd(0.1), mask)
