@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Bool, PyTree
 
+from jaxkit import tree
 from jaxkit.trace.apply import take
 from jaxkit.trace.names import Axis, Concat, Entry, Prod, members, named, nearest, pairs, resolve
 
@@ -82,7 +82,7 @@ def units(params: PyTree, unit_mask: UnitMask, axes: PyTree) -> PyTree[Bool[Arra
     """
     axes = resolve(params, axes)
     _known(axes, unit_mask)
-    if not any(isinstance(m, Tracer) for m in unit_mask.values()):
+    if tree.concrete(unit_mask):
         unit_mask = jax.tree.map(np.asarray, dict(unit_mask))
     out = []
     for _, leaf, entries in pairs(params, axes):

@@ -6,7 +6,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
 from jaxkit import tree
@@ -83,7 +82,7 @@ def take(params: PyTree, axes: PyTree, indices: Mapping[str, Int[Array, " units"
                 "and an integer vector was due"
             )
         size = known[name].size
-        if not isinstance(index, Tracer):
+        if tree.concrete(index):
             outside = (np.asarray(index) < 0) | (np.asarray(index) >= size)
             if outside.any():
                 bad = np.asarray(index)[outside][0]
@@ -130,7 +129,7 @@ def permute(
             raise ValueError(
                 f"axis {name!r} has size {size}, and its permutation the shape {np.shape(p)}"
             )
-        if not isinstance(p, Tracer) and (np.sort(np.asarray(p)) != np.arange(size)).any():
+        if tree.concrete(p) and (np.sort(np.asarray(p)) != np.arange(size)).any():
             raise ValueError(f"axis {name!r}: not a permutation of 0 ... {size - 1}: {p}")
     return take(params, axes, permutations)
 

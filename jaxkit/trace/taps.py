@@ -26,7 +26,6 @@ import difflib
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 
-import jax
 from jaxtyping import PyTree
 
 from jaxkit import tree
@@ -75,8 +74,7 @@ def taps(
 
     def tapped(params: PyTree, *args: PyTree):
         traced = _jaxpr.trace(apply_fn, params, args)
-        bits = jax.tree.leaves(tree.select(params, where))
-        chosen = {path for path, bit in zip(traced.paths, bits, strict=True) if bit}
+        chosen = set(tree.chosen(params, where))
         followed = _uses.follow(traced.jaxpr, _walk.leaf_tags(traced))
         usable = {use.path for use in followed.uses if not _walk.BRANCHES & {*use.within}}
         if where is not None and (without := sorted(chosen - usable)):
