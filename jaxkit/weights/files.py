@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-__all__ = ["Leaf", "Stats", "leaves", "stats"]
+__all__ = ["Leaf", "Stats", "leaves", "metadata", "stats"]
 
 _PICKLE_SUFFIXES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 _NO_PICKLE = (
@@ -28,7 +28,7 @@ _NO_PICKLE = (
 )
 
 # Every type of the format whose entries are whole bytes; the packed ones (F4, F6) are not here.
-_SAFETENSORS_DTYPES = {
+SAFETENSORS_DTYPES = {
     "BOOL": np.bool_,
     "U8": np.uint8,
     "I8": np.int8,
@@ -112,6 +112,24 @@ def leaves(path: str | os.PathLike[str]) -> dict[str, Leaf]:
     return _safetensors(path)
 
 
+def metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """Return the strings that the header of a safetensors file carries.
+
+    Of a sharded checkpoint, those of its first shard; of an orbax checkpoint, none.
+
+    Raises:
+      ValueError, FileNotFoundError: as `leaves`.
+    """
+    path = Path(path)
+    if path.is_dir():
+        return {}
+    if path.suffix == ".json":
+        shards = set(json.loads(path.read_bytes())["weight_map"].values())
+        path = path.parent / min(shards)
+    with safe_open(path, framework="numpy") as file:
+        return file.metadata() or {}
+
+
 # ------------------------------------------------------------------------------- safetensors
 
 
@@ -140,9 +158,9 @@ def _safetensors(path: Path) -> dict[str, Leaf]:
     found = {}
     for name in sorted(specs, key=lambda name: header[name]["data_offsets"]):
         code, shape = specs[name]
-        if code not in _SAFETENSORS_DTYPES:
+        if code not in SAFETENSORS_DTYPES:
             raise ValueError(f"{path}: leaf {name!r} has dtype {code}, which numpy cannot hold")
-        dtype = np.dtype(_SAFETENSORS_DTYPES[code])
+        dtype = np.dtype(SAFETENSORS_DTYPES[code])
         start = 8 + length + header[name]["data_offsets"][0]
         read = partial(_read_range, path.absolute(), name, shape, dtype, start)
         found[name] = Leaf(shape, dtype, read)
