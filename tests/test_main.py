@@ -248,3 +248,25 @@ def test_a_full_disk_is_one_line_and_status_2():
         done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
     assert done.returncode == 2
     assert done.stderr == "python -m jaxkit: error: [Errno 28] No space left on device\n"
+
+
+def test_diff(tmp_path, capsys):
+    a = {"w": np.array([[3.0, 4.0]], np.float32), "n": np.arange(3), "old": np.zeros(1)}
+    b = {"w": np.array([[3.0, -4.0]], np.float32), "n": np.arange(3), "v": np.zeros((2, 2))}
+    a["v"] = np.zeros(4)
+    save_file(a, tmp_path / "a.safetensors")
+    save_file(b, tmp_path / "b.safetensors")
+    command = ["diff", str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+    assert main(command) == 1
+    out = capsys.readouterr().out
+    row = next(line for line in out.splitlines() if line.startswith("w "))
+    assert row.split() == ["w", "0.5000", "8", "1.6", "-0.28", "0.5"]
+    assert "2 leaves, 5 parameters, changed 0.2000, |B - A| 8" in out
+    assert "not compared: old: only in A" in out
+    assert "not compared: v: shape [4] in A, [2, 2] in B" in out
+    assert main([*command, "--where", "w", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["not_compared"] == {}
+    assert found["leaves"]["w"]["norm"] == 8 and found["leaves"]["w"]["changed"] == 1
+    assert main([*command, "--where", "zz"]) == 2
+    assert "where" in capsys.readouterr().err
