@@ -11,28 +11,29 @@ from jaxkit.masks.allocate import (
     uniform,
     uniform_plus,
 )
+from jaxkit.masks.dynamic import gradual, granet, grow, regrow, rigl, set, update_mask
+from jaxkit.masks.flow import prune_in_rounds, synflow, synflow_mask
 from jaxkit.masks.report import Report, report
-from jaxkit.masks.score import magnitude, random, snip
+from jaxkit.masks.score import gumbel, magnitude, movement, random
 from jaxkit.masks.select import Mask, apply, prune, topk
+from jaxkit.masks.sensitivity import grasp, obd, snip, tempered
 from jaxkit.masks.structured import Shrunk, shrink, units
 from jaxkit.masks.tickets import Stability, Ticket, reinit, shuffle, stability, tickets
 from jaxkit.masks.train import (
     ConstrainState,
+    Memory,
     Rule,
     SparseState,
     constrain,
     current,
-    gradual,
     hold,
-    regrow,
-    rigl,
     sparse,
-    update_mask,
 )
 
 __all__ = [
     "ConstrainState",
     "Mask",
+    "Memory",
     "Report",
     "Rule",
     "Shrunk",
@@ -47,10 +48,17 @@ __all__ = [
     "erk",
     "erk_plus",
     "gradual",
+    "granet",
+    "grasp",
+    "grow",
+    "gumbel",
     "hold",
     "magnitude",
+    "movement",
+    "obd",
     "pointwise",
     "prune",
+    "prune_in_rounds",
     "pyramidal",
     "random",
     "ratios",
@@ -58,11 +66,15 @@ __all__ = [
     "reinit",
     "report",
     "rigl",
+    "set",
     "shrink",
     "shuffle",
     "snip",
     "sparse",
     "stability",
+    "synflow",
+    "synflow_mask",
+    "tempered",
     "tickets",
     "topk",
     "uniform",
