@@ -30,7 +30,7 @@ from experiments import Claim, Row, Run, figures
 from experiments.data import fingerprint, load
 from experiments.figures import count, percent
 from experiments.perceptron import init, logits
-from jaxkit import masks, tree
+from jaxkit import masks
 
 
 @dataclass(frozen=True)
@@ -75,19 +75,13 @@ def living(settings: Settings, sizes) -> list[dict[str, int]]:
     alive = [a * b for a, b in pairwise(sizes)]
     out = []
     for number in range(settings.rounds + 1):
-        if min(alive) < 1:
-            raise ValueError(f"layer_{alive.index(0)} has no weight left in round {number}")
         out.append({f"layer_{i}": n for i, n in enumerate(alive)})
-        alive = [n - max(1, round(p * n)) for n, p in zip(alive, parts, strict=True)]
+        gone = [round(p * n) for n, p in zip(alive, parts, strict=True)]
+        if number < settings.rounds and min(gone) < 1:
+            i = gone.index(0)
+            raise ValueError(f"layer_{i} has {alive[i]} weights in round {number}: none would go")
+        alive = [n - m for n, m in zip(alive, gone, strict=True)]
     return out
-
-
-def shuffle(key, mask):
-    """Permute the mask within each leaf."""
-    keys = tree.keys(key, mask, "shuffled")
-    return jax.tree.map(
-        lambda k, m: jax.random.permutation(k, m.ravel()).reshape(m.shape), keys, mask
-    )
 
 
 def stack(*trees):
@@ -104,6 +98,8 @@ def run(settings: Settings, folder: Path | None) -> Run:
         raise ValueError(f"steps={settings.steps} is no multiple of {settings.test_every=}")
     sizes = (data.x[0].size, *settings.hidden, data.classes)
     alive = living(settings, sizes)
+    part = {name: {"kernel": settings.prune, "bias": 0.0} for name in alive[0]}
+    part[list(part)[-1]]["kernel"] = settings.prune_output
     base = jax.random.key(settings.seed)
     seeds = jax.vmap(lambda i: jax.random.fold_in(base, i))(jnp.arange(settings.seeds))
 
@@ -138,24 +134,23 @@ def run(settings: Settings, folder: Path | None) -> Run:
         return params, test
 
     @jax.jit
-    def one_round(x, y, number, keep, mask):
+    def one_round(x, y, number, mask):
         def one_seed(key, mask):
             first, *rest = jax.random.split(key, 4)
             other, order, permute = (jax.random.fold_in(k, number) for k in rest)
             params = init(first, sizes)
             starts = stack(params, init(other, sizes), params)
-            kept = stack(mask, mask, shuffle(permute, mask))
+            kept = stack(mask, mask, masks.shuffle(permute, mask))
             trained, test = jax.vmap(train, (None, 0, 0, None, None))(order, starts, kept, x, y)
             scores = masks.magnitude(jax.tree.map(lambda a: a[0], trained))
-            mask = masks.topk(scores, keep=keep, where="**/kernel", within=mask)
-            return mask, test
+            pruned = masks.prune(mask, scores, part)
+            last = number == settings.rounds
+            return jax.tree.map(lambda old, new: jnp.where(last, old, new), mask, pruned), test
 
         return jax.vmap(one_seed)(seeds, mask)
 
     def step(i, state):
-        after = alive[min(i + 1, settings.rounds)]
-        keep = {name: {"kernel": jnp.int32(n), "bias": jnp.int32(0)} for name, n in after.items()}
-        mask, test = one_round(data.x, data.y, i, keep, state["mask"])
+        mask, test = one_round(data.x, data.y, i, state["mask"])
         density = sum(alive[i].values()) / sum(alive[0].values())
         accuracy = np.asarray(test, np.float64).round(5)  # (seeds, arms, tests)
         rows: list[Row] = [
