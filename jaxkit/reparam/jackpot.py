@@ -87,7 +87,7 @@ def swap(mask: Mask, theta: Theta, rho: float | Array = 1.0) -> Mask:
     if tree.concrete(rho) and not 0 <= rho <= 1:
         raise ValueError(f"rho is {rho}, and a share in [0, 1] was due")
     live, every = matched(mask, theta), dict.fromkeys(theta, True)
-    scores = {path: s for path, s in theta.items()}
+    scores = dict(theta)
     count = {path: m.sum() for path, m in live.items()}
     best = tree.topk(scores, count, where=every)
     lowest = lambda s: jnp.finfo(s.dtype).min

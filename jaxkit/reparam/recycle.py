@@ -1,5 +1,7 @@
 """What becomes of frozen weights that a learned mask leaves out: recycled, or drawn anew."""
 
+import math
+from fractions import Fraction
 from typing import Any
 
 import jax
@@ -28,7 +30,7 @@ def recycle(
     Args:
       params: the weights; those without scores stay as they are.
       theta: scores by path, of `edge_popup`, `biprop` or any `supermask`.
-      fraction: in [0, 1/2]; it may be traced.
+      fraction: in [0, 1/2]; it may be traced, and is then rounded to float32.
       mask: the mask in force (`learned_mask`). With it, and if its values are known, it is an error
         to copy over an entry in use.
 
@@ -52,7 +54,7 @@ def recycle(
     out = {}
     for path, w in matched(params, theta).items():
         n = w.size
-        q = jnp.floor(jnp.asarray(fraction, jnp.float32) * n + 1e-3).astype(jnp.int32)
+        q = _floor(fraction, n)
         order = jnp.argsort(jnp.abs(theta[path]).ravel())
         place = jnp.arange(n)
         if used is not None and tree.concrete(used[path], order, q):
@@ -66,6 +68,13 @@ def recycle(
         flat = w.ravel()
         out[path] = flat.at[order].set(flat[source]).reshape(w.shape)
     return install(params, out)
+
+
+def _floor(fraction: Any, n: int) -> Any:
+    """Return floor(fraction n), exactly for a Python number."""
+    if isinstance(fraction, int | float):
+        return math.floor(Fraction(repr(float(fraction))) * n)
+    return jnp.floor(jnp.float32(fraction) * n).astype(jnp.int32)
 
 
 def iterand(

@@ -1,0 +1,107 @@
+"""Recycling copies the best weights over the worst, and changes nothing that is in use."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxkit import init, reparam
+from tests.reparam import nets
+
+KEY = jax.random.key(0)
+PARAMS = nets.mlp([6, 8, 5], jax.random.key(1), bias=True)
+POPUP = reparam.edge_popup(0.5)
+THETA = POPUP.init(KEY, PARAMS)
+X = jax.random.normal(jax.random.key(2), (7, 6))
+
+
+def kernel(params, i):
+    return np.asarray(params[f"layer_{i}"]["kernel"]).ravel()
+
+
+@pytest.mark.parametrize("fraction", [0.2, 0.5])
+def test_the_last_are_copied_over_the_first_in_order(fraction):
+    new = reparam.recycle(PARAMS, THETA, fraction)
+    for i in range(2):
+        w, got = kernel(PARAMS, i), kernel(new, i)
+        order = np.argsort(np.abs(np.asarray(THETA[f"layer_{i}/kernel"]).ravel()), kind="stable")
+        n, q = w.size, int(fraction * w.size)
+        want = w.copy()
+        for j in range(q):
+            want[order[j]] = w[order[n - q + j]]
+        np.testing.assert_array_equal(got, want)
+        np.testing.assert_array_equal(got[order[q:]], w[order[q:]])
+        assert len(set(w)) - len(set(got)) == q
+        assert new[f"layer_{i}"]["bias"] is PARAMS[f"layer_{i}"]["bias"]
+
+
+def test_nothing_that_is_in_use_changes():
+    mask = reparam.learned_mask(POPUP, THETA, PARAMS)
+    new = reparam.recycle(PARAMS, THETA, 0.5, mask=mask)
+    assert (kernel(new, 0) != kernel(PARAMS, 0)).any()
+    before, after = (nets.logits(POPUP.apply(THETA, p), X) for p in (PARAMS, new))
+    np.testing.assert_array_equal(before, after)
+    jax.tree.map(np.testing.assert_array_equal, reparam.recycle(PARAMS, THETA, 0.0), PARAMS)
+
+
+def test_a_traced_fraction():
+    fn = jax.jit(lambda f: reparam.recycle(PARAMS, THETA, f))
+    want = reparam.recycle(PARAMS, THETA, 0.3)
+    jax.tree.map(np.testing.assert_array_equal, fn(0.3), want)
+
+
+def test_iterand_draws_masked_weights_anew_at_the_rate():
+    params = {"kernel": jax.random.normal(KEY, (200, 200)), "bias": jnp.zeros(3)}
+    mask = reparam.learned_mask(POPUP, POPUP.init(KEY, params), params)
+    draw = init.rules((None, jax.nn.initializers.normal(1.0)))
+    new = reparam.iterand(jax.random.key(5), draw, params, mask, 0.3)
+    changed = np.asarray(new["kernel"] != params["kernel"])
+    assert not changed[mask["kernel"]].any()
+    n = 20_000
+    assert abs(changed.sum() - 0.3 * n) < 3 * np.sqrt(0.3 * 0.7 * n)
+    fresh = np.asarray(new["kernel"])[changed]
+    assert abs(fresh.mean()) < 3 / np.sqrt(fresh.size) and fresh.std() == pytest.approx(1, abs=0.05)
+    for rate, due in ((0.0, 0), (1.0, n)):
+        new = reparam.iterand(jax.random.key(5), draw, params, mask, rate)
+        assert (new["kernel"] != params["kernel"]).sum() == due
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match=r"fraction is 0\.6"):
+        reparam.recycle(PARAMS, THETA, 0.6)
+    dense = reparam.edge_popup(0.25)
+    mask = reparam.learned_mask(dense, THETA, PARAMS)
+    with pytest.raises(ValueError, match=r"'layer_0/kernel': 12 of the 24 .* only 12 are masked"):
+        reparam.recycle(PARAMS, THETA, 0.5, mask=mask)
+    with pytest.raises(ValueError, match=r"rate is 2"):
+        reparam.iterand(KEY, init.rules(), PARAMS, mask, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sparsity", [0.9, 0.5])
+def test_recycling_finds_better_subnetworks_of_the_digits(sparsity):
+    """Two seeds at once; 1500 steps of SGD, a fifth of the weights recycled every 300."""
+    *_, x_test, y_test = nets.digits()
+    r, steps = reparam.edge_popup(sparsity), 1500
+    tx = optax.sgd(optax.cosine_decay_schedule(0.1, steps), momentum=0.9)
+    tx = optax.chain(optax.add_decayed_weights(5e-4), tx)
+
+    def run(key, fraction):
+        params = nets.mlp([64, 256, 256, 10], key)
+        theta = r.init(jax.random.fold_in(key, 1), params)
+
+        def after(i, theta, params):
+            due = (i % 300 == 299) & (i < steps - 1)
+            return jax.lax.cond(
+                due, lambda: reparam.recycle(params, theta, fraction), lambda: params
+            )
+
+        fn = lambda theta, params, batch: nets.cross_entropy(r.apply(theta, params), batch)
+        theta, params = nets.train(fn, (theta, params), tx, steps, key, after=after)
+        return nets.accuracy(r.apply(theta, params), x_test, y_test)
+
+    got = {(s, f): float(run(jax.random.key(s), f)) for s in (3, 4) for f in (0.0, 0.2)}
+    gains = [got[s, 0.2] - got[s, 0.0] for s in (3, 4)]
+    print(got)
+    assert np.mean(gains) > 0 and min(got.values()) > (0.8 if sparsity == 0.9 else 0.93)
