@@ -79,20 +79,20 @@ def test_bad_input():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sparsity", [0.9, 0.5])
-def test_recycling_finds_better_subnetworks_of_the_digits(sparsity):
-    """Two seeds at once; 1500 steps of SGD, a fifth of the weights recycled every 300."""
+def test_recycling_finds_better_subnetworks_of_the_digits():
+    """A twentieth of a small network, three seeds at once; a fifth is recycled every 100 steps."""
     *_, x_test, y_test = nets.digits()
-    r, steps = reparam.edge_popup(sparsity), 1500
+    r, steps = reparam.edge_popup(0.95), 500
     tx = optax.sgd(optax.cosine_decay_schedule(0.1, steps), momentum=0.9)
     tx = optax.chain(optax.add_decayed_weights(5e-4), tx)
 
-    def run(key, fraction):
-        params = nets.mlp([64, 256, 256, 10], key)
+    def run(seed, fraction):
+        key = jax.random.key(seed)
+        params = nets.mlp([64, 96, 96, 10], key)
         theta = r.init(jax.random.fold_in(key, 1), params)
 
         def after(i, theta, params):
-            due = (i % 300 == 299) & (i < steps - 1)
+            due = (i % 100 == 99) & (i < steps - 1)
             return jax.lax.cond(
                 due, lambda: reparam.recycle(params, theta, fraction), lambda: params
             )
@@ -101,7 +101,6 @@ def test_recycling_finds_better_subnetworks_of_the_digits(sparsity):
         theta, params = nets.train(fn, (theta, params), tx, steps, key, after=after)
         return nets.accuracy(r.apply(theta, params), x_test, y_test)
 
-    got = {(s, f): float(run(jax.random.key(s), f)) for s in (3, 4) for f in (0.0, 0.2)}
-    gains = [got[s, 0.2] - got[s, 0.0] for s in (3, 4)]
-    print(got)
-    assert np.mean(gains) > 0 and min(got.values()) > (0.8 if sparsity == 0.9 else 0.93)
+    seeds, fractions = jnp.array([3, 3, 4, 4, 5, 5]), jnp.array([0.0, 0.2] * 3)
+    got = np.asarray(jax.vmap(run)(seeds, fractions)).reshape(3, 2)
+    assert (got[:, 1] > got[:, 0]).all() and (got[:, 1] - got[:, 0]).mean() > 0.02, got
