@@ -1,5 +1,6 @@
 """Masks: score x allocation x selection, sparse training, and what a mask is worth."""
 
+from jaxkit.masks import circuit, nested, route, subnets, tokens
 from jaxkit.masks.allocate import (
     balanced,
     er,
@@ -13,9 +14,14 @@ from jaxkit.masks.allocate import (
 )
 from jaxkit.masks.dynamic import gradual, granet, grow, regrow, rigl, set, update_mask
 from jaxkit.masks.flow import prune_in_rounds, synflow, synflow_mask
+from jaxkit.masks.gradient_dropout import gradient_dropout
+from jaxkit.masks.greedy import Greedy, Visit, greedy_removal, hard_attention
+from jaxkit.masks.pack import pack, unpack
 from jaxkit.masks.patterns import bernoulli, blocks, n_of_m, sample, threshold
 from jaxkit.masks.report import Report, report
 from jaxkit.masks.rescale import rescale, sketch
+from jaxkit.masks.scaling import Law, fit_law, transformer_flops
+from jaxkit.masks.schedule import average_density, compute_window, exponential, iterative
 from jaxkit.masks.score import gumbel, magnitude, movement, random
 from jaxkit.masks.select import Mask, apply, prune, topk
 from jaxkit.masks.sensitivity import grasp, obd, snip, tempered
@@ -35,6 +41,8 @@ from jaxkit.masks.train import (
 
 __all__ = [
     "ConstrainState",
+    "Greedy",
+    "Law",
     "Mask",
     "Memory",
     "Report",
@@ -43,25 +51,37 @@ __all__ = [
     "SparseState",
     "Stability",
     "Ticket",
+    "Visit",
     "apply",
+    "average_density",
     "balanced",
     "bernoulli",
     "blocks",
+    "circuit",
+    "compute_window",
     "constrain",
     "current",
     "er",
     "erk",
     "erk_plus",
+    "exponential",
+    "fit_law",
+    "gradient_dropout",
     "gradual",
     "granet",
     "grasp",
+    "greedy_removal",
     "grow",
     "gumbel",
+    "hard_attention",
     "hold",
+    "iterative",
     "magnitude",
     "movement",
     "n_of_m",
+    "nested",
     "obd",
+    "pack",
     "pointwise",
     "pq_index",
     "prune",
@@ -74,6 +94,7 @@ __all__ = [
     "report",
     "rescale",
     "rigl",
+    "route",
     "sample",
     "sap_fraction",
     "set",
@@ -83,14 +104,18 @@ __all__ = [
     "snip",
     "sparse",
     "stability",
+    "subnets",
     "synflow",
     "synflow_mask",
     "tempered",
     "threshold",
     "tickets",
+    "tokens",
     "topk",
+    "transformer_flops",
     "uniform",
     "uniform_plus",
     "units",
+    "unpack",
     "update_mask",
 ]

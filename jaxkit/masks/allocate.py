@@ -172,9 +172,9 @@ def uniform_plus(
     Reference: S. Liu et al., "The Unreasonable Effectiveness of Random Pruning: Return of the Most
     Naive Baseline for Sparse Training", arXiv:2202.02643.
 
-    >>> params = {"a": jnp.ones((1, 10)), "b": jnp.ones((10, 10)), "c": jnp.ones((10, 1))}
-    >>> {k: round(s, 6) for k, s in uniform_plus(params, 0.75, first="a", last="c").items()}
-    {'a': 0.0, 'b': 0.82, 'c': 0.8}
+    >>> params = {"w0": jnp.ones((1, 10)), "w1": jnp.ones((10, 10)), "w2": jnp.ones((10, 1))}
+    >>> {k: round(s, 6) for k, s in uniform_plus(params, 0.75, first="w0", last="w2").items()}
+    {'w0': 0.0, 'w1': 0.82, 'w2': 0.8}
     """
 
     def fixed(shapes, sparsity):
