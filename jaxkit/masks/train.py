@@ -2,8 +2,8 @@
 
 `sparse` is the primitive: it wraps any optax transformation, carries the mask in its state, and
 may let a rule change the mask every few steps; `constrain` is the same with entries outside the
-mask frozen as they are. The methods are rules: `gradual` prunes, `rigl` drops and grows. No hook
-in the train step: gradients of the loss at the (masked) params go in, dense, and
+mask frozen as they are. Methods are rules: `gradual` prunes, `rigl` drops and grows. No hook in
+the train step: gradients of the loss at the (masked) params go in, dense, and
 ``optax.apply_updates`` leaves exact zeros.
 
 The wrapped transformation sees the sparse problem: gradients and params are masked on the way in,
@@ -18,35 +18,44 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 
-from jaxkit import _rank as rank
 from jaxkit import tree
-from jaxkit.masks.score import magnitude, random
-from jaxkit.masks.select import Mask, check_sparsity, keep_where, topk
+from jaxkit.masks.select import Mask, keep_where
 
-Rule = Callable[[PRNGKeyArray | None, Mask, PyTree, PyTree, Int[Array, ""]], Mask]
+Rule = Callable[..., Mask]
+"""``rule(key, mask, params, grads, step) -> mask``, and with a `Memory` a sixth argument."""
 
 __all__ = [
     "ConstrainState",
+    "Memory",
     "Rule",
     "SparseState",
     "constrain",
     "current",
-    "gradual",
     "hold",
-    "regrow",
-    "rigl",
     "sparse",
-    "update_mask",
 ]
 
 
+class Memory(NamedTuple):
+    """What a rule remembers from step to step: a pair of functions.
+
+    init: ``init(params, mask) -> memory``, any tree of arrays.
+    update: ``update(memory, mask, grads) -> memory``, at every step, before the rule is asked. The
+      mask is the one in force, the gradient dense.
+    """
+
+    init: Callable[[PyTree, Mask], PyTree]
+    update: Callable[[PyTree, Mask, PyTree], PyTree]
+
+
 class SparseState(NamedTuple):
-    """The state of `sparse`: updates seen, the mask in force, the wrapped state, the key."""
+    """The state of `sparse`: updates seen, mask in force, wrapped state, key, the rule's memory."""
 
     step: Int[Array, ""]
     mask: Mask
     inner: Any
     key: PRNGKeyArray | None
+    memory: PyTree = None
 
 
 class ConstrainState(NamedTuple):
@@ -56,6 +65,7 @@ class ConstrainState(NamedTuple):
     mask: Mask
     inner: Any
     key: PRNGKeyArray | None
+    memory: PyTree = None
 
 
 def _fit(mask: Mask, params: PyTree) -> Mask:
@@ -75,6 +85,7 @@ def sparse(
     begin: int | Array = 0,
     end: int | Array | None = None,
     key: PRNGKeyArray | None = None,
+    memory: Memory | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optax transformation so that entries outside the mask are zero after every update.
 
@@ -93,6 +104,7 @@ def sparse(
         state of `tx` is initialized anew at the entries that change sides.
       every, begin, end: when; traced numbers are fine.
       key: a typed key for rules that draw; each call of the rule gets ``fold_in(key, step)``.
+      memory: what the rule remembers; it gets that as its sixth argument.
 
     Returns:
       A transformation whose ``update(grads, state, params)`` needs params. Read the mask with
@@ -108,7 +120,7 @@ def sparse(
     >>> optax.apply_updates(params, updates)["kernel"].tolist()[0][1]
     0.0
     """
-    return _masked(SparseState, lambda w: -w, tx, mask, update, every, begin, end, key)
+    return _masked(SparseState, lambda w: -w, tx, mask, update, every, begin, end, key, memory)
 
 
 def constrain(
@@ -120,6 +132,7 @@ def constrain(
     begin: int | Array = 0,
     end: int | Array | None = None,
     key: PRNGKeyArray | None = None,
+    memory: Memory | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Wrap an optax transformation so that entries outside the mask stay as they are, to the bit.
 
@@ -138,7 +151,7 @@ def constrain(
         params that returns it.
       update: a rule that changes the mask, see `sparse`. Entries that change sides keep their
         value; the state of `tx` is initialized anew there.
-      every, begin, end, key: as in `sparse`.
+      every, begin, end, key, memory: as in `sparse`.
 
     Returns:
       A transformation whose ``update(grads, state, params)`` needs params. What follows it in a
@@ -155,10 +168,10 @@ def constrain(
     1.0
     """
     frozen = lambda w: jnp.full_like(w, -0.0)
-    return _masked(ConstrainState, frozen, tx, mask, update, every, begin, end, key)
+    return _masked(ConstrainState, frozen, tx, mask, update, every, begin, end, key, memory)
 
 
-def _masked(kind, outside, tx, mask, update, every, begin, end, key):
+def _masked(kind, outside, tx, mask, update, every, begin, end, key, memory):
     """Wrap `tx`: what goes in is masked, and outside the mask goes out ``outside(w)``."""
     inner_tx = optax.with_extra_args_support(tx)
     if key is not None:
@@ -166,23 +179,28 @@ def _masked(kind, outside, tx, mask, update, every, begin, end, key):
 
     def init(params):
         first = mask(params) if callable(mask) and jax.tree.leaves(params) else mask
-        return kind(jnp.zeros((), jnp.int32), _fit(first, params), tx.init(params), key)
+        first = _fit(first, params)
+        seen = None if memory is None else memory.init(params, first)
+        return kind(jnp.zeros((), jnp.int32), first, tx.init(params), key, seen)
 
-    def change(state, params, grads):
+    def change(state, params, grads, seen):
         folded = None if state.key is None else jax.random.fold_in(state.key, state.step)
-        new = update(folded, state.mask, params, grads, state.step)
+        last = () if memory is None else (seen,)
+        new = update(folded, state.mask, params, grads, state.step, *last)
         return new, _renew(tx, state.inner, state.mask, new, keep_where(new, params))
 
     def step(updates, state, params=None, **extra):
         if params is None:
             raise ValueError("a mask needs the params: tx.update(grads, state, params)")
-        now, inner = state.mask, state.inner
+        now, inner, seen = state.mask, state.inner, state.memory
+        if memory is not None:
+            seen = memory.update(seen, now, updates)
         if update is not None:
             due = (state.step >= begin) & ((state.step - begin) % every == 0)
             if end is not None:
                 due = (due & (state.step < end)) | (state.step == end)
-            same = lambda state, params, grads: (state.mask, state.inner)
-            now, inner = jax.lax.cond(due, change, same, state, params, updates)
+            same = lambda state, *_: (state.mask, state.inner)
+            now, inner = jax.lax.cond(due, change, same, state, params, updates, seen)
         updates, inner = inner_tx.update(
             keep_where(now, updates), inner, keep_where(now, params), **extra
         )
@@ -190,7 +208,7 @@ def _masked(kind, outside, tx, mask, update, every, begin, end, key):
         split = lambda u, w, m: jnp.where(m, u, outside(w)) if tree.is_inexact(w) else u
         updates = jax.tree.map(split, updates, params, now)
         count = jnp.asarray(optax.safe_increment(state.step))
-        return updates, kind(count, now, inner, state.key)
+        return updates, kind(count, now, inner, state.key, seen)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, step))
 
@@ -255,201 +273,3 @@ def current(opt_state: optax.OptState, kind: type | None = None) -> Mask:
     if len(found) != 1:
         raise ValueError(f"the optimizer state holds {len(found)} masks, and one is due")
     return jax.tree.map(lambda m: jnp.array(m) if tree.is_array(m) else m, found[0].mask)
-
-
-# ---------------------------------------------------------------- masks that change in training
-
-
-def regrow(
-    mask: Mask,
-    scores: PyTree,
-    growth: PyTree,
-    *,
-    drop_rate: float | Array,
-    where: tree.Where = None,
-) -> Mask:
-    """Drop the live entries with the lowest scores and grow as many, leaf by leaf.
-
-    In a leaf with n live entries, r = round(drop_rate n) with the smallest scores leave; then the r
-    with the largest growth among all that are out, the ones just dropped included, come in. So n
-    stays what it was.
-
-    Args:
-      mask: a tree of bools like params.
-      scores: what live entries are worth (`magnitude` of the params, say).
-      growth: what dead entries promise (`magnitude` of the dense gradient, or `random`).
-      drop_rate: the share of the live entries that may move, in [0, 1].
-      where: the leaves that change; default: the weights.
-
-    >>> mask = {"w": jnp.array([[True, True, False, False]])}
-    >>> scores, growth = {"w": jnp.array([[3.0, 1.0, 0, 0]])}, {"w": jnp.array([[0.0, 1, 2, 5]])}
-    >>> regrow(mask, scores, growth, drop_rate=0.5)["w"].tolist()
-    [[True, False, False, True]]
-    """
-    if isinstance(drop_rate, int | float) and not 0 <= drop_rate <= 1:
-        raise ValueError(f"drop_rate is {drop_rate}, and a share in [0, 1] is due")
-    live = jax.tree.map(rank.count, mask)
-    moved = jax.tree.map(lambda n: rank.share(n, drop_rate), live, is_leaf=rank.is_pair)
-    stay = jax.tree.map(rank.minus, live, moved, is_leaf=rank.is_pair)
-    kept = tree.topk(scores, stay, where=where, within=mask)
-    grown = tree.topk(growth, moved, where=where, within=jax.tree.map(jnp.logical_not, kept))
-    chosen = tree.select(scores, where)
-    return jax.tree.map(lambda c, m, k, g: k | g if c else m, chosen, mask, kept, grown)
-
-
-def update_mask(
-    key: PRNGKeyArray | None,
-    mask: Mask,
-    params: PyTree,
-    grads: PyTree | None,
-    *,
-    sparsity: float | Array | PyTree | None = None,
-    drop_rate: float | Array = 0.0,
-    where: tree.Where = None,
-) -> Mask:
-    """Prune to a sparsity, then move a share of the survivors: one step of dynamic sparse training.
-
-    First, with `sparsity`, the live entries with the largest |w| stay (`topk` within the mask), so
-    masks nest. Then, with `drop_rate`, every leaf drops that share of its live entries, smallest
-    |w| first, and grows as many (`regrow`): where |dL/dw| is largest if there are gradients, else
-    at random. The first alone is gradual magnitude pruning, the second alone RigL or SET, both
-    GraNet.
-
-    Args:
-      key: a typed key for random growth, else None.
-      mask: the mask in force.
-      params: the params in force.
-      grads: the dense gradient at the masked params (never through ``params * mask``, which is zero
-        at every dead entry), or None to grow at random.
-      sparsity: as in `topk`.
-      drop_rate: the share of live entries that move, in [0, 1].
-      where: the leaves that change; default: the weights.
-
-    Raises:
-      ValueError: growth with neither gradients nor a key, and what `topk` raises.
-
-    >>> mask, params = {"w": jnp.array([[True, True, False]])}, {"w": jnp.array([[3.0, 1.0, 0.0]])}
-    >>> grads = {"w": jnp.array([[0.0, 0.0, 1.0]])}
-    >>> update_mask(None, mask, params, grads, drop_rate=0.5)["w"].tolist()
-    [[True, False, True]]
-    """
-    tree.check_like(params, mask, "mask")
-    if sparsity is not None:
-        mask = topk(magnitude(params), sparsity=sparsity, where=where, within=mask)
-    if isinstance(drop_rate, int | float) and drop_rate == 0:
-        return mask
-    if grads is None and key is None:
-        raise ValueError("growth needs the dense gradients (grads), or a key to grow at random")
-    growth = magnitude(grads) if key is None or grads is not None else random(key, params)
-    return regrow(mask, magnitude(params), growth, drop_rate=drop_rate, where=where)
-
-
-def gradual(
-    tx: optax.GradientTransformation,
-    sparsity: float | Array | PyTree,
-    *,
-    end: int,
-    begin: int = 0,
-    every: int | Array = 100,
-    initial_sparsity: float | Array = 0.0,
-    where: tree.Where = None,
-) -> optax.GradientTransformationExtraArgs:
-    """Gradual magnitude pruning: train dense, prune along a cubic, end sparse.
-
-    s_t = s_f + (s_i - s_f) (1 - (t - begin) / (end - begin))^3 at t = begin, begin + every, ... and
-    end; the live entries with the largest |w| stay, and what is pruned never returns.
-
-    Args:
-      tx: any optax transformation, see `sparse`.
-      sparsity: s_f. One number ranks all chosen leaves together; a tree of numbers, as the paper's
-        `uniform`, ranks each leaf for itself.
-      end: the step of the last pruning; leave some steps after it to recover.
-      begin, every: the first step, and the steps between two prunings.
-      initial_sparsity: s_i.
-      where: the leaves to prune; default: the weights.
-
-    Raises:
-      ValueError: a sparsity outside [0, 1), or begin not before end.
-
-    Reference: M. Zhu, S. Gupta, "To prune, or not to prune: exploring the efficacy of pruning for
-    model compression", arXiv:1710.01878.
-
-    >>> params = {"kernel": jnp.arange(10.0).reshape(2, 5)}
-    >>> tx = gradual(optax.sgd(0.1), 0.8, end=2, every=1)
-    >>> state = tx.init(params)
-    >>> for _ in range(3):
-    ...     grads = jax.tree.map(jnp.zeros_like, params)
-    ...     updates, state = tx.update(grads, state, params)
-    ...     params = optax.apply_updates(params, updates)
-    >>> params["kernel"].tolist()
-    [[0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 8.0, 9.0]]
-    """
-    check_sparsity(sparsity)
-    check_sparsity(initial_sparsity)
-    if not begin < end:
-        raise ValueError(f"begin={begin} is due before end={end}")
-
-    def at(final, step):
-        if isinstance(final, int | float) and final == 0:
-            return final  # an exempt leaf stays exactly so
-        return optax.polynomial_schedule(initial_sparsity, final, 3, end - begin, begin)(step)
-
-    def rule(key, mask, params, grads, step):
-        now = jax.tree.map(lambda final: at(final, step), sparsity)
-        return update_mask(key, mask, params, None, sparsity=now, where=where)
-
-    return sparse(tx, _dense, update=rule, every=every, begin=begin, end=end)
-
-
-def _dense(params: PyTree) -> Mask:
-    return jax.tree.map(lambda w: jnp.ones_like(w, bool), params)
-
-
-def rigl(
-    tx: optax.GradientTransformation,
-    mask: Mask | Callable[[PyTree], Mask],
-    *,
-    every: int | Array = 100,
-    end: int | Array | None = None,
-    drop_rate: float | Array = 0.3,
-    where: tree.Where = None,
-) -> optax.GradientTransformationExtraArgs:
-    """RigL: every few steps, drop the smallest weights and grow where the gradient is largest.
-
-    At t = 0, every, 2 every, ... every leaf drops the share f_t = drop_rate/2 (1 + cos(pi t / end))
-    of its live entries, smallest |w| first, and grows as many with the largest |dL/dw|, from zero
-    and with fresh optimizer state. The sparsity of every leaf stays what it was.
-
-    The paper skips the gradient step when it changes the mask; here the step follows with the new
-    mask, so that no update and no count of the schedule is lost. A weight that is dropped and
-    grown at once keeps its value, as in the authors' code.
-
-    Args:
-      tx: any optax transformation, see `sparse`.
-      mask: the first mask, ``topk(random(key, params), sparsity=erk(params, 0.9))`` in the paper,
-        or a function of the first params that returns it.
-      every: steps between two changes.
-      end: the step of the last change, in the paper 3/4 of the training; None: no end, and then
-        the share does not decay.
-      drop_rate: the share at the start, in [0, 1].
-      where: the leaves that change; default: the weights.
-
-    Raises:
-      ValueError: a mask that does not fit params, or update without params.
-
-    Reference: U. Evci, T. Gale, J. Menick, P. S. Castro, E. Elsen, "Rigging the Lottery: Making All
-    Tickets Winners", arXiv:1911.11134.
-
-    >>> params = {"kernel": jnp.array([[3.0, 1.0, 0.0]])}
-    >>> tx = rigl(optax.sgd(0.1), {"kernel": jnp.array([[True, True, False]])}, drop_rate=0.5)
-    >>> _, state = tx.update({"kernel": jnp.array([[0.0, 0.0, 9.0]])}, tx.init(params), params)
-    >>> current(state)["kernel"].tolist()
-    [[True, False, True]]
-    """
-
-    def rule(key, mask, params, grads, step):
-        decay = 1.0 if end is None else (1 + jnp.cos(jnp.pi * step / end)) / 2
-        rate = drop_rate * decay
-        return update_mask(None, mask, params, grads, drop_rate=rate, where=where)
-
-    return sparse(tx, mask, update=rule, every=every, end=end)

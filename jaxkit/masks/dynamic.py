@@ -1,0 +1,432 @@
+"""Masks that change in training: prune, drop and grow, as rules of `sparse`.
+
+One step is `update_mask`: prune to a sparsity, then let a share of the survivors drop out and as
+many grow elsewhere. Pruning alone is `gradual`, growth alone is `set` (at random) and `rigl` (by
+gradient), and both together are `granet`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from jaxkit import _rank as rank
+from jaxkit import tree
+from jaxkit.masks.score import magnitude, random
+from jaxkit.masks.select import Mask, check_sparsity, prune, topk
+from jaxkit.masks.train import sparse
+
+First = Any  # a mask, or a function of the first params that returns it
+
+__all__ = ["gradual", "granet", "grow", "regrow", "rigl", "set", "update_mask"]
+
+
+def grow(
+    mask: Mask,
+    growth: PyTree,
+    like: Mask,
+    *,
+    where: tree.Where = None,
+    into: Mask | None = None,
+) -> Mask:
+    """Grow every leaf to as many live entries as it has in another mask: the best that are out.
+
+    Args:
+      mask: a tree of bools like params, what stays.
+      growth: what dead entries promise, like params.
+      like: the mask whose count is due, leaf by leaf (before something was dropped, say).
+      where: the leaves that grow; default: the weights.
+      into: a mask of what may grow. If that is not enough room, fewer come in.
+
+    >>> mask, like = {"w": jnp.array([True, False, False])}, {"w": jnp.array([True, True, False])}
+    >>> grow(mask, {"w": jnp.array([9.0, 1.0, 2.0])}, like, where="w")["w"].tolist()
+    [True, False, True]
+    """
+    due = jax.tree.map(lambda new, old: rank.minus(rank.count(old), rank.count(new)), mask, like)
+    out = jax.tree.map(jnp.logical_not, mask)
+    if into is not None:
+        out = jax.tree.map(jnp.logical_and, out, into)
+    grown = tree.topk(growth, due, where=where, within=out)
+    chosen = tree.select(growth, where)
+    return jax.tree.map(lambda bit, m, g: m | g if bit else m, chosen, mask, grown)
+
+
+def regrow(
+    mask: Mask,
+    scores: PyTree,
+    growth: PyTree,
+    *,
+    drop_rate: float | Array,
+    where: tree.Where = None,
+) -> Mask:
+    """Drop the live entries with the lowest scores and grow as many, leaf by leaf.
+
+    In a leaf with n live entries, r = round(drop_rate n) with the smallest scores leave; then the r
+    with the largest growth among all that are out, the ones just dropped included, come in. So n
+    stays what it was.
+
+    Args:
+      mask: a tree of bools like params.
+      scores: what live entries are worth (`magnitude` of the params, say).
+      growth: what dead entries promise (`magnitude` of the dense gradient, or `random`).
+      drop_rate: the share of the live entries that may move, in [0, 1].
+      where: the leaves that change; default: the weights.
+
+    Raises:
+      ValueError: a drop_rate outside [0, 1], and trees that do not fit.
+
+    >>> mask = {"w": jnp.array([[True, True, False, False]])}
+    >>> scores, growth = {"w": jnp.array([[3.0, 1.0, 0, 0]])}, {"w": jnp.array([[0.0, 1, 2, 5]])}
+    >>> regrow(mask, scores, growth, drop_rate=0.5)["w"].tolist()
+    [[True, False, False, True]]
+    """
+    _check_rate(drop_rate)
+    return grow(_drop(mask, scores, drop_rate, where), growth, mask, where=where)
+
+
+def _drop(mask: Mask, scores: PyTree, drop_rate: float | Array, where: tree.Where) -> Mask:
+    """Prune every chosen leaf for itself by the same share."""
+    rates = jax.tree.map(lambda _: drop_rate, scores)
+    return prune(mask, scores, rates, where=tree.select(scores, where))
+
+
+def _check_rate(*rates: float | Array) -> None:
+    for rate in rates:
+        if isinstance(rate, int | float) and not 0 <= rate <= 1:
+            raise ValueError(f"drop_rate is {rate}, and a share in [0, 1] is due")
+
+
+def update_mask(
+    key: PRNGKeyArray | None,
+    mask: Mask,
+    params: PyTree,
+    grads: PyTree | None,
+    *,
+    sparsity: float | Array | PyTree | None = None,
+    drop_rate: float | Array = 0.0,
+    where: tree.Where = None,
+) -> Mask:
+    """Prune to a sparsity, then move a share of the survivors: one step of dynamic sparse training.
+
+    First, with `sparsity`, the live entries with the largest |w| stay (`topk` within the mask), so
+    masks nest. Then, with `drop_rate`, every leaf drops that share of its live entries, smallest
+    |w| first, and grows as many (`regrow`): where |dL/dw| is largest if there are gradients, else
+    at random. The first alone is gradual magnitude pruning, the second alone RigL, both GraNet.
+
+    Args:
+      key: a typed key for random growth, else None.
+      mask: the mask in force.
+      params: the params in force.
+      grads: the dense gradient at the masked params (never through ``params * mask``, which is zero
+        at every dead entry), or None to grow at random.
+      sparsity: as in `topk`.
+      drop_rate: the share of live entries that move, in [0, 1].
+      where: the leaves that change; default: the weights.
+
+    Raises:
+      ValueError: growth with neither gradients nor a key, and what `topk` raises.
+
+    >>> mask, params = {"w": jnp.array([[True, True, False]])}, {"w": jnp.array([[3.0, 1.0, 0.0]])}
+    >>> grads = {"w": jnp.array([[0.0, 0.0, 1.0]])}
+    >>> update_mask(None, mask, params, grads, drop_rate=0.5)["w"].tolist()
+    [[True, False, True]]
+    """
+    tree.check_like(params, mask, "mask")
+    if sparsity is not None:
+        mask = topk(magnitude(params), sparsity=sparsity, where=where, within=mask)
+    if isinstance(drop_rate, int | float) and drop_rate == 0:
+        return mask
+    if grads is None and key is None:
+        raise ValueError("growth needs the dense gradients (grads), or a key to grow at random")
+    growth = magnitude(grads) if key is None or grads is not None else random(key, params)
+    return regrow(mask, magnitude(params), growth, drop_rate=drop_rate, where=where)
+
+
+# ---------------------------------------------------------------------------------- schedules
+
+
+def cosine(
+    step: Array | int, rate: float | Array, end: float | Array | None, last: float | Array = 0.0
+) -> float | Array | Float[Array, ""]:
+    """Return the drop rate at a step: from `rate` along half a cosine to `last` at `end`.
+
+    r_t = last + (rate - last) (1 + cos(pi t / end)) / 2, and `last` after the end; `rate` itself,
+    for ever, if `end` is None.
+
+    >>> [round(float(cosine(t, 0.5, 100, 0.1)), 6) for t in (0, 50, 100, 200)]
+    [0.5, 0.3, 0.1, 0.1]
+    """
+    if end is None:
+        return rate
+    return last + (rate - last) * (1 + jnp.cos(jnp.pi * jnp.minimum(step / end, 1.0))) / 2
+
+
+def _cubic(sparsity: Any, step: Array, initial: Any, begin: int, end: int) -> Any:
+    """Return the sparsity at a step, for a number or a tree of numbers."""
+
+    def at(final):
+        if isinstance(final, int | float) and final == 0:
+            return final  # an exempt leaf stays exactly so
+        return optax.polynomial_schedule(initial, final, 3, end - begin, begin)(step)
+
+    return jax.tree.map(at, sparsity)
+
+
+def _check_cubic(sparsity: Any, initial: Any, begin: Any, end: Any, every: Any) -> None:
+    check_sparsity(sparsity)
+    check_sparsity(initial)
+    if not begin < end:
+        raise ValueError(f"begin={begin} is due before end={end}")
+    if isinstance(every, int) and every > end - begin:
+        raise ValueError(
+            f"every={every} is due within the {end - begin} steps from begin={begin} to end={end}"
+        )
+    for path, s in tree.flatten(sparsity).items():
+        if isinstance(s, int | float) and isinstance(initial, int | float) and 0 < s < initial:
+            at = f" at {path!r}" if path else ""
+            raise ValueError(f"sparsity{at} is {s}, below initial_sparsity={initial}")
+
+
+def _dense(params: PyTree) -> Mask:
+    return jax.tree.map(lambda w: jnp.ones_like(w, bool), params)
+
+
+# ------------------------------------------------------------------------------------ methods
+
+
+def gradual(
+    tx: optax.GradientTransformation,
+    sparsity: float | Array | PyTree,
+    *,
+    end: int,
+    begin: int = 0,
+    every: int | Array = 100,
+    initial_sparsity: float | Array = 0.0,
+    where: tree.Where = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Gradual magnitude pruning: train dense, prune along a cubic, end sparse.
+
+    s_t = s_f + (s_i - s_f) (1 - (t - begin) / (end - begin))^3 at t = begin, begin + every, ... and
+    end; the live entries with the largest |w| stay, and what is pruned never returns.
+
+    Args:
+      tx: any optax transformation, see `sparse`.
+      sparsity: s_f. One number ranks all chosen leaves together; a tree of numbers, as the paper's
+        `uniform`, ranks each leaf for itself.
+      end: the step of the last pruning; leave some steps after it to recover.
+      begin, every: the first step, and the steps between two prunings.
+      initial_sparsity: s_i.
+      where: the leaves to prune; default: the weights.
+
+    Raises:
+      ValueError: a sparsity outside [0, 1) or below the first one, begin not before end.
+
+    Reference: M. Zhu, S. Gupta, "To prune, or not to prune: exploring the efficacy of pruning for
+    model compression", arXiv:1710.01878.
+
+    >>> params = {"kernel": jnp.arange(10.0).reshape(2, 5)}
+    >>> tx = gradual(optax.sgd(0.1), 0.8, end=2, every=1)
+    >>> state = tx.init(params)
+    >>> for _ in range(3):
+    ...     grads = jax.tree.map(jnp.zeros_like, params)
+    ...     updates, state = tx.update(grads, state, params)
+    ...     params = optax.apply_updates(params, updates)
+    >>> params["kernel"].tolist()
+    [[0.0, 0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 0.0, 8.0, 9.0]]
+    """
+    _check_cubic(sparsity, initial_sparsity, begin, end, 1)
+
+    def rule(key, mask, params, grads, step):
+        now = _cubic(sparsity, step, initial_sparsity, begin, end)
+        return update_mask(key, mask, params, None, sparsity=now, where=where)
+
+    return sparse(tx, _dense, update=rule, every=every, begin=begin, end=end)
+
+
+def rigl(
+    tx: optax.GradientTransformation,
+    mask: First,
+    *,
+    every: int | Array = 100,
+    end: int | Array | None = None,
+    drop_rate: float | Array = 0.3,
+    where: tree.Where = None,
+) -> optax.GradientTransformationExtraArgs:
+    """RigL: every few steps, drop the smallest weights and grow where the gradient is largest.
+
+    At t = 0, every, 2 every, ... every leaf drops the share f_t = drop_rate/2 (1 + cos(pi t / end))
+    of its live entries, smallest |w| first, and grows as many with the largest |dL/dw|, from zero
+    and with fresh optimizer state. The sparsity of every leaf stays what it was.
+
+    The paper skips the gradient step when it changes the mask; here the step follows with the new
+    mask, so that no update and no count of the schedule is lost. A weight that is dropped and
+    grown at once keeps its value, as in the authors' code.
+
+    Args:
+      tx: any optax transformation, see `sparse`.
+      mask: the first mask, ``topk(random(key, params), sparsity=erk(params, 0.9))`` in the paper,
+        or a function of the first params that returns it.
+      every: steps between two changes.
+      end: the step of the last change, in the paper 3/4 of the training; None: no end, and then
+        the share does not decay.
+      drop_rate: the share at the start, in [0, 1].
+      where: the leaves that change; default: the weights.
+
+    Raises:
+      ValueError: a mask that does not fit params, or update without params.
+
+    Reference: U. Evci, T. Gale, J. Menick, P. S. Castro, E. Elsen, "Rigging the Lottery: Making All
+    Tickets Winners", arXiv:1911.11134.
+
+    >>> params = {"kernel": jnp.array([[3.0, 1.0, 0.0]])}
+    >>> tx = rigl(optax.sgd(0.1), {"kernel": jnp.array([[True, True, False]])}, drop_rate=0.5)
+    >>> _, state = tx.update({"kernel": jnp.array([[0.0, 0.0, 9.0]])}, tx.init(params), params)
+    >>> state.mask["kernel"].tolist()
+    [[True, False, True]]
+    """
+    _check_rate(drop_rate)
+
+    def rule(key, mask, params, grads, step):
+        rate = cosine(step, drop_rate, end)
+        return update_mask(None, mask, params, grads, drop_rate=rate, where=where)
+
+    return sparse(tx, mask, update=rule, every=every, end=end)
+
+
+def set(
+    tx: optax.GradientTransformation,
+    mask: First,
+    *,
+    key: PRNGKeyArray,
+    every: int | Array = 100,
+    end: int | Array | None = None,
+    drop_rate: float | Array = 0.3,
+    where: tree.Where = None,
+) -> optax.GradientTransformationExtraArgs:
+    """SET: every few steps, drop the weights nearest zero on both sides, grow as many at random.
+
+    At t = every, 2 every, ... every leaf drops the share `drop_rate` (the paper's zeta) of its live
+    positive entries, the smallest first, and of its live negative ones, the largest first; as many
+    grow at random among all that are out, from zero and with fresh optimizer state. So the mask
+    needs no dense gradient. (Zeros count as negative. An entry just dropped may return, with its
+    value.)
+
+    Args:
+      tx: any optax transformation, see `sparse`.
+      mask: the first mask, in the paper Erdős-Rényi (`erk` is the same for matrices), or a function
+        of the first params that returns it.
+      key: a typed key for the growth.
+      every: steps between two changes, in the paper an epoch.
+      end: the step of the last change; None: no end.
+      drop_rate: zeta, in [0, 1].
+      where: the leaves that change; default: the weights.
+
+    Raises:
+      ValueError: a mask that does not fit params, or update without params.
+      TypeError: a legacy uint32 key.
+
+    Reference: D. C. Mocanu, E. Mocanu, P. Stone, P. H. Nguyen, M. Gibescu, A. Liotta, "Scalable
+    Training of Artificial Neural Networks with Adaptive Sparse Connectivity inspired by Network
+    Science", arXiv:1707.04780.
+
+    >>> params = {"kernel": jnp.array([[3.0, 1.0, -1.0, -2.0, 0.0]])}
+    >>> first = {"kernel": jnp.array([[True, True, True, True, False]])}
+    >>> tx = set(optax.sgd(0.0), first, key=jax.random.key(0), every=1, drop_rate=0.5)
+    >>> state = tx.init(params)
+    >>> for _ in range(2):
+    ...     _, state = tx.update(params, state, params)
+    >>> state.mask["kernel"][0, jnp.array([0, 3])].tolist(), int(state.mask["kernel"].sum())
+    ([True, True], 4)
+    """
+    _check_rate(drop_rate)
+
+    def rule(key, mask, params, grads, step):
+        kept = drop_by_sign(mask, params, drop_rate, where=where)
+        return grow(kept, random(key, params), mask, where=where)
+
+    return sparse(tx, mask, update=rule, every=every, begin=every, end=end, key=key)
+
+
+def drop_by_sign(
+    mask: Mask, params: PyTree, drop_rate: float | Array, *, where: tree.Where = None
+) -> Mask:
+    """Drop a share of the positive live entries and of the others, those nearest zero, by leaf."""
+    chosen = tree.select(params, where)
+    positive = jax.tree.map(lambda m, w: m & (w > 0) if tree.is_inexact(w) else m, mask, params)
+    other = jax.tree.map(lambda m, w: m & ~(w > 0) if tree.is_inexact(w) else m, mask, params)
+    sides = [_drop(side, magnitude(params), drop_rate, chosen) for side in (positive, other)]
+    return jax.tree.map(jnp.logical_or, *sides)
+
+
+def granet(
+    tx: optax.GradientTransformation,
+    sparsity: float | Array | PyTree,
+    *,
+    end: int,
+    steps: int | Array,
+    begin: int = 0,
+    every: int | Array = 100,
+    mask: First = _dense,
+    initial_sparsity: float | Array = 0.0,
+    drop_rate: float | Array = 0.5,
+    last_drop_rate: float | Array = 0.005,
+    where: tree.Where = None,
+) -> optax.GradientTransformationExtraArgs:
+    """GraNet: prune gradually, and after every pruning regenerate as many weights as were dropped.
+
+    At t = begin, begin + every, ... first `gradual`'s pruning to s_t along the cubic from begin to
+    end, by |w| over all chosen leaves together; then `rigl`'s exchange in every leaf, of the share
+    r_t that falls along half a cosine from drop_rate to last_drop_rate at `steps`, so also after
+    the pruning has ended.
+
+    Dense-to-sparse is the default. Sparse-to-sparse starts at a mask with its initial_sparsity, in
+    the paper ``topk(random(key, params), sparsity=erk(params, 0.5))``. Without growth (both rates
+    0) it is `gradual`; with sparsity = initial_sparsity it is `rigl`.
+
+    Counts are exact and the last pruning reaches `sparsity` (the authors' code keeps one entry
+    less, and stops one step short of the end of its cubic); a share is rounded, where the code
+    takes the ceiling. Ranked together, a leaf may lose all its entries at extreme sparsity, which
+    `report` shows; a tree of sparsities prevents it.
+
+    Args:
+      tx: any optax transformation, see `sparse`.
+      sparsity: s_f, one number, or a tree of numbers that ranks each leaf for itself (the paper's
+        uniform variant).
+      end: the step at which the cubic reaches s_f; the first change at or after it is the last
+        pruning.
+      steps: all steps of the training: the end of the cosine.
+      begin, every: the first change, and the steps between two changes.
+      mask: the first mask, or a function of the first params that returns it.
+      initial_sparsity: s_i, that of the first mask.
+      drop_rate, last_drop_rate: the shares of the live entries that move, first and last.
+      where: the leaves that change; default: the weights.
+
+    Raises:
+      ValueError: a sparsity outside [0, 1) or below the first one, a rate outside [0, 1], begin not
+        before end, `every` longer than that span.
+
+    Reference: S. Liu et al., "Sparse Training via Boosting Pruning Plasticity with
+    Neuroregeneration", arXiv:2106.10404.
+
+    >>> params = {"kernel": jnp.array([[4.0, 3.0, 2.0, 1.0]])}
+    >>> tx = granet(optax.sgd(0.0), 0.5, end=1, steps=10, every=1, last_drop_rate=0.5)
+    >>> state, grads = tx.init(params), {"kernel": jnp.array([[0.0, 0.0, 0.0, 9.0]])}
+    >>> for _ in range(2):
+    ...     updates, state = tx.update(grads, state, params)
+    >>> state.mask["kernel"].tolist()
+    [[True, False, False, True]]
+    """
+    _check_cubic(sparsity, initial_sparsity, begin, end, every)
+    _check_rate(drop_rate, last_drop_rate)
+    numbers = isinstance(sparsity, int | float) and isinstance(initial_sparsity, int | float)
+    pruned = not (numbers and sparsity == initial_sparsity)
+    still = all(isinstance(r, int | float) and r == 0 for r in (drop_rate, last_drop_rate))
+
+    def rule(key, mask, params, grads, step):
+        now = _cubic(sparsity, step, initial_sparsity, begin, end) if pruned else None
+        rate = 0.0 if still else cosine(step, drop_rate, steps, last_drop_rate)
+        return update_mask(None, mask, params, grads, sparsity=now, drop_rate=rate, where=where)
+
+    return sparse(tx, mask, update=rule, every=every, begin=begin, end=None)
