@@ -120,7 +120,8 @@ def sap_fraction(
 
     r = ceil(d (1 + eta)^(-q / (q - p)) (1 - I)^(p q / (q - p))) is a lower bound on the entries to
     retain out of d live ones, and the fraction is floor(d clip(gamma (1 - r / d), 0, beta)) / d. It
-    is 0 if all entries are of one size. (In float32, whence r is uncertain by about 1e-5 d.) A round of the paper trains, prunes by it and rewinds::
+    is 0 if all entries are of one size. (In float32, whence r is uncertain by about 1e-5 d.) A
+    round of the paper trains, prunes by it and rewinds::
 
         mask = prune(mask, magnitude(trained), sap_fraction(trained, mask))
 
