@@ -2,6 +2,7 @@
 
 from jaxkit.reparam.core import Reparam, Theta, install, leafwise, matched
 from jaxkit.reparam.jackpot import jackpots, swap
+from jaxkit.reparam.quantize import fake_quantize, quantized_inputs
 from jaxkit.reparam.recycle import iterand, recycle
 from jaxkit.reparam.supermask import (
     biprop,
@@ -20,6 +21,7 @@ __all__ = [
     "Theta",
     "biprop",
     "edge_popup",
+    "fake_quantize",
     "install",
     "iterand",
     "jackpots",
@@ -28,6 +30,7 @@ __all__ = [
     "mask_norm",
     "mask_tuning",
     "matched",
+    "quantized_inputs",
     "random_signs",
     "recycle",
     "signed_supermask",
