@@ -17,6 +17,7 @@ from jaxkit.masks.flow import prune_in_rounds, synflow, synflow_mask
 from jaxkit.masks.gradient_dropout import gradient_dropout
 from jaxkit.masks.greedy import Greedy, Visit, greedy_removal, hard_attention
 from jaxkit.masks.pack import pack, unpack
+from jaxkit.masks.partition import Partition, canvas, early_bird, partition, partition_distance
 from jaxkit.masks.patterns import bernoulli, blocks, n_of_m, sample, threshold
 from jaxkit.masks.report import Report, report
 from jaxkit.masks.rescale import rescale, sketch
@@ -26,6 +27,7 @@ from jaxkit.masks.score import gumbel, magnitude, movement, random
 from jaxkit.masks.select import Mask, apply, prune, topk
 from jaxkit.masks.sensitivity import grasp, obd, snip, tempered
 from jaxkit.masks.sparsity_index import pq_index, sap_fraction
+from jaxkit.masks.spline import fold_norm, hyperplanes, spline
 from jaxkit.masks.structured import Shrunk, shrink, units
 from jaxkit.masks.tickets import Stability, Ticket, reinit, shuffle, stability, tickets
 from jaxkit.masks.train import (
@@ -38,6 +40,16 @@ from jaxkit.masks.train import (
     hold,
     sparse,
 )
+from jaxkit.masks.unit_scores import (
+    apoz,
+    bn_scale,
+    fpgm,
+    group_lasso,
+    hrank,
+    taylor,
+    unit_matrices,
+    unit_norm,
+)
 
 __all__ = [
     "ConstrainState",
@@ -45,6 +57,7 @@ __all__ = [
     "Law",
     "Mask",
     "Memory",
+    "Partition",
     "Report",
     "Rule",
     "Shrunk",
@@ -52,29 +65,38 @@ __all__ = [
     "Stability",
     "Ticket",
     "Visit",
+    "apoz",
     "apply",
     "average_density",
     "balanced",
     "bernoulli",
     "blocks",
+    "bn_scale",
+    "canvas",
     "circuit",
     "compute_window",
     "constrain",
     "current",
+    "early_bird",
     "er",
     "erk",
     "erk_plus",
     "exponential",
     "fit_law",
+    "fold_norm",
+    "fpgm",
     "gradient_dropout",
     "gradual",
     "granet",
     "grasp",
     "greedy_removal",
+    "group_lasso",
     "grow",
     "gumbel",
     "hard_attention",
     "hold",
+    "hrank",
+    "hyperplanes",
     "iterative",
     "magnitude",
     "movement",
@@ -82,6 +104,8 @@ __all__ = [
     "nested",
     "obd",
     "pack",
+    "partition",
+    "partition_distance",
     "pointwise",
     "pq_index",
     "prune",
@@ -103,10 +127,12 @@ __all__ = [
     "sketch",
     "snip",
     "sparse",
+    "spline",
     "stability",
     "subnets",
     "synflow",
     "synflow_mask",
+    "taylor",
     "tempered",
     "threshold",
     "tickets",
@@ -115,6 +141,8 @@ __all__ = [
     "transformer_flops",
     "uniform",
     "uniform_plus",
+    "unit_matrices",
+    "unit_norm",
     "units",
     "unpack",
     "update_mask",
