@@ -218,14 +218,18 @@ def _renew(tx, state, old: Mask, new: Mask, params: PyTree) -> optax.OptState:
     changed = jax.tree.map(lambda a, b: a != b, old, new)
     # (bools are the masks of wrappers inside, which have rules of their own)
     own = lambda s: tree.is_array(s) and s.dtype != bool
+    masked = lambda s: isinstance(s, optax.MaskedNode)
     here = lambda s, c: c if own(s) and jnp.shape(s) == jnp.shape(c) else False
+
+    def mark(part):  # what stands where params do; statistics of another structure stay
+        if jax.tree.structure(part, is_leaf=masked) != jax.tree.structure(changed):
+            return jax.tree.map(lambda _: False, part)
+        return jax.tree.map(
+            lambda s, c: s if masked(s) else here(s, c), part, changed, is_leaf=masked
+        )
+
     marks = optax.tree_utils.tree_map_params(
-        tx,
-        lambda s, c: s if isinstance(s, optax.MaskedNode) else here(s, c),
-        state,
-        changed,
-        transform_non_params=lambda _: False,
-        is_leaf=lambda s: isinstance(s, optax.MaskedNode),
+        tx, mark, state, transform_non_params=lambda _: False, is_leaf=lambda _: True
     )
     fresh = lambda s, f, c: s if c is False else jnp.where(c, f, s)
     return jax.tree.map(fresh, state, tx.init(params), marks)

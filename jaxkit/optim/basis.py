@@ -1,0 +1,142 @@
+"""Adam in another basis: project the gradient, step there, lift the step back.
+
+`in_basis` is the primitive: the moments live in the coordinates that a `Basis` gives each leaf.
+SOAP turns the basis slowly and takes the moments along; low-rank methods keep a few directions
+only, and what they leave out of the gradient may come back as a residual.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int, PyTree
+
+from jaxkit import tree
+
+__all__ = ["Basis", "BasisState", "in_basis"]
+
+
+class Basis(NamedTuple):
+    """The coordinates of one leaf, as functions of its statistics `s` (any tree of arrays).
+
+    init: ``leaf -> s``.
+    project: ``(s, g) -> coordinates`` of an array like the leaf.
+    lift: ``(s, x) -> array`` like the leaf, from coordinates.
+    before: ``(s, g) -> s``, a new basis that the step already uses; None: no such thing.
+    after: ``(s, mu, nu) -> (s, mu, nu)``, a new basis once the step is made, and the moments in it;
+      None: no such thing.
+    learn: ``(s, g) -> s``, every step, after it.
+    first: ``(s, g) -> s`` in place of the first step, if `in_basis` skips that.
+    residual: ``(s, g, x, u) -> (update, s)``, what to add to the lifted step: from the gradient,
+      its coordinates and the step in coordinates.
+    """
+
+    init: Callable[[Any], Any]
+    project: Callable[[Any, Array], Array]
+    lift: Callable[[Any, Array], Array]
+    before: Callable[[Any, Array], Any] | None = None
+    after: Callable[[Any, Array, Array], tuple[Any, Array, Array]] | None = None
+    learn: Callable[[Any, Array], Any] = lambda s, g: s
+    first: Callable[[Any, Array], Any] = lambda s, g: s
+    residual: Callable[[Any, Array, Array, Array], tuple[Any, Any]] = lambda s, g, x, u: (0.0, s)
+
+
+class BasisState(NamedTuple):
+    """The state of `in_basis`: updates seen, Adam's moments in coordinates, the bases."""
+
+    count: Int[Array, ""]
+    mu: PyTree
+    nu: PyTree
+    bases: PyTree
+
+
+def in_basis(
+    bases: Callable[[PyTree], dict[str, Basis]],
+    *,
+    b1: float | Array = 0.9,
+    b2: float | Array = 0.999,
+    eps: float | Array = 1e-8,
+    every: int | Array = 1,
+    weight_decay: float | Array = 0.0,
+    skip_first: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Run Adam in the coordinates of a basis of each leaf.
+
+    With x = project(g): mu <- b1 mu + (1 - b1) x, nu <- b2 nu + (1 - b2) x^2, both bias corrected,
+    and u = sqrt(1 - b2^t) / (1 - b1^t) (lift(n) + residual) with n = mu / (sqrt(nu) + eps), so that
+    eps is added before the correction. Statistics and moments are float32 or wider; updates have
+    the dtype of the gradient. Multiply by -lr after it (``optax.scale_by_learning_rate``).
+
+    Args:
+      bases: ``params -> {path: Basis}`` of every leaf; only shapes and dtypes may be read.
+      b1, b2, eps: Adam's.
+      every: `before` runs at the updates 0, every, 2 every, ..., `after` at every, 2 every, ...
+      weight_decay: adds weight_decay w to u (decoupled: not in the moments).
+      skip_first: the first update is zero, and only the bases learn from its gradient (`first`).
+
+    >>> own = Basis(lambda w: (), lambda s, g: g, lambda s, x: x)
+    >>> tx = in_basis(lambda params: {"w": own}, eps=0.0)
+    >>> params = {"w": jnp.array([1.0, 2.0])}
+    >>> tx.update({"w": jnp.array([3.0, -4.0])}, tx.init(params))[0]["w"].round(3).tolist()
+    [1.0, -1.0]
+    """
+
+    def of_leaves(params: PyTree) -> list[Basis]:
+        paths = tree.flatten(params)  # none in the placeholder of optax.tree.map_params
+        found = bases(params) if paths else {}
+        return [found[path] for path in paths]
+
+    def init(params: PyTree) -> BasisState:
+        leaves, structure = jax.tree.flatten(params)
+        own = of_leaves(params)
+        stats = [b.init(tree.float32(w)) for b, w in zip(own, leaves, strict=True)]
+        shape = lambda b, s, w: jax.eval_shape(b.project, s, tree.float32(w))
+        shapes = [shape(*args) for args in zip(own, stats, leaves, strict=True)]
+        zeros = lambda: jax.tree.unflatten(structure, [jnp.zeros(x.shape, x.dtype) for x in shapes])
+        start = jnp.zeros((), jnp.int32)
+        return BasisState(start, zeros(), zeros(), jax.tree.unflatten(structure, stats))
+
+    def update(updates: PyTree, state: BasisState, params: PyTree = None, **_: Any):
+        leaves, structure = jax.tree.flatten(updates)
+        own = of_leaves(updates)
+        w = leaves if params is None else jax.tree.leaves(params)
+        t = state.count + (0 if skip_first else 1)
+        correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
+
+        def step(b: Basis, s: Any, mu: Array, nu: Array, g: Array, w: Array):
+            if b.before is not None:
+                s = jax.lax.cond(state.count % every == 0, b.before, lambda s, g: s, s, g)
+            x = b.project(s, g)
+            mu, nu = b1 * mu + (1 - b1) * x, b2 * nu + (1 - b2) * x * x
+            n = mu / (jnp.sqrt(nu) + eps)
+            more, s = b.residual(s, g, x, n)
+            u = correction * (b.lift(s, n) + more)
+            if params is not None:
+                u = u + weight_decay * tree.float32(w)
+            s = b.learn(s, g)
+            if b.after is not None:
+                s, mu, nu = jax.lax.cond(t % every == 0, b.after, lambda *old: old, s, mu, nu)
+            return u, s, mu, nu
+
+        def look(b: Basis, s: Any, mu: Array, nu: Array, g: Array, w: Array):
+            return jnp.zeros_like(g), b.first(s, g), mu, nu
+
+        def every_leaf(fn: Callable[..., Any]) -> Callable[..., Any]:
+            return lambda *columns: [fn(b, *args) for b, *args in zip(own, *columns, strict=True)]
+
+        stats = structure.flatten_up_to(state.bases)
+        moments = jax.tree.leaves(state.mu), jax.tree.leaves(state.nu)
+        columns = (stats, *moments, [tree.float32(g) for g in leaves], w)
+        if skip_first:
+            first = state.count == 0
+            rows = jax.lax.cond(first, every_leaf(look), every_leaf(step), *columns)
+        else:
+            rows = every_leaf(step)(*columns)
+        out = [u.astype(g.dtype) for (u, *_), g in zip(rows, leaves, strict=True)]
+        rest = [jax.tree.unflatten(structure, [row[i] for row in rows]) for i in (2, 3, 1)]
+        count = jnp.asarray(optax.safe_increment(state.count))
+        return jax.tree.unflatten(structure, out), BasisState(count, *rest)
+
+    return optax.GradientTransformationExtraArgs(init, cast(Any, update))

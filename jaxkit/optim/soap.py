@@ -1,0 +1,148 @@
+"""SOAP: Adam in the eigenbasis of Shampoo's factors."""
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from jaxkit import tree
+from jaxkit.optim.basis import Basis, in_basis
+
+__all__ = ["scale_by_soap", "soap"]
+
+
+class Kronecker(NamedTuple):
+    """One factor per axis and its eigenvectors, as columns; None where the axis has no factor."""
+
+    factors: tuple[Array | None, ...]
+    vectors: tuple[Array | None, ...]
+
+
+def scale_by_soap(
+    *,
+    b1: float | Array = 0.95,
+    b2: float | Array = 0.95,
+    factor_decay: float | Array = 0.95,
+    eps: float | Array = 1e-8,
+    every: int | Array = 10,
+    max_size: int = 10_000,
+    weight_decay: float | Array = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Precondition as `soap` does, without its learning rate; multiply by -lr after it."""
+
+    def basis(leaf: Any) -> Basis:
+        shape = jnp.shape(leaf)
+        axes = [d for d, n in enumerate(shape) if len(shape) > 1 and 1 < n <= max_size]
+
+        def init(w: Array) -> Kronecker:
+            square = lambda make: tuple(
+                make(n, dtype=w.dtype) if d in axes else None for d, n in enumerate(w.shape)
+            )
+            return Kronecker(square(lambda n, dtype: jnp.zeros((n, n), dtype)), square(jnp.eye))
+
+        def gram(g: Array, d: int) -> Array:
+            rest = tuple(i for i in range(g.ndim) if i != d)
+            return jnp.tensordot(g, g, (rest, rest))
+
+        def turn(x: Array, vectors: tuple[Array | None, ...], side: int) -> Array:
+            for d, q in enumerate(vectors):
+                if q is not None:
+                    x = jnp.moveaxis(jnp.tensordot(x, q, ((d,), (side,))), -1, d)
+            return x
+
+        project = lambda s, g: turn(g, s.vectors, 0)
+        lift = lambda s, x: turn(x, s.vectors, 1)
+
+        def learn(s: Kronecker, g: Array) -> Kronecker:
+            mix = lambda d, f: (
+                None if f is None else factor_decay * f + (1 - factor_decay) * gram(g, d)
+            )
+            return s._replace(factors=tuple(mix(d, f) for d, f in enumerate(s.factors)))
+
+        def first(s: Kronecker, g: Array) -> Kronecker:
+            s = learn(s, g)
+            tiny = lambda f: f + 1e-30 * jnp.eye(len(f), dtype=f.dtype)
+            vectors = lambda f: None if f is None else jnp.linalg.eigh(tiny(f))[1][:, ::-1]
+            return s._replace(vectors=tuple(vectors(f) for f in s.factors))
+
+        def after(s: Kronecker, mu: Array, nu: Array) -> tuple[Kronecker, Array, Array]:
+            mu, vectors = lift(s, mu), []
+            for d, (f, q) in enumerate(zip(*s, strict=True)):
+                if f is not None and q is not None:
+                    towards = f @ q
+                    order = jnp.argsort(-jnp.sum(q * towards, axis=0))
+                    nu = jnp.take(nu, order, axis=d)
+                    q = jnp.linalg.qr(towards[:, order])[0]
+                vectors.append(q)
+            s = s._replace(vectors=tuple(vectors))
+            return s, project(s, mu), nu
+
+        if not axes:
+            return Basis(init, project, lift)
+        return Basis(init, project, lift, after=after, learn=learn, first=first)
+
+    bases = lambda params: {path: basis(leaf) for path, leaf in tree.flatten(params).items()}
+    return in_basis(
+        bases, b1=b1, b2=b2, eps=eps, every=every, weight_decay=weight_decay, skip_first=True
+    )
+
+
+def soap(
+    learning_rate: optax.ScalarOrSchedule = 3e-3,
+    *,
+    b1: float | Array = 0.95,
+    b2: float | Array = 0.95,
+    factor_decay: float | Array = 0.95,
+    eps: float | Array = 1e-8,
+    every: int | Array = 10,
+    max_size: int = 10_000,
+    weight_decay: float | Array = 0.01,
+) -> optax.GradientTransformationExtraArgs:
+    """SOAP: Adam in the slowly turning eigenbasis of Shampoo's Kronecker factors.
+
+    For a matrix with gradient G: L <- d L + (1 - d) G G^T and R <- d R + (1 - d) G^T G, with
+    eigenvectors Q_L, Q_R by falling eigenvalue; Adam runs on Q_L^T G Q_R, and its step N goes back
+    as Q_L N Q_R^T. Every few updates Q <- qr(L Q), one step of the power iteration, with columns
+    and second moments permuted to the order of the eigenvalues and the first moment turned along.
+    The gradient is projected by the bases of earlier gradients alone, so that the first update is
+    zero and only starts the factors.
+
+    A tensor of more axes has one factor for each; vectors and scalars, and axes of size 1 or above
+    `max_size`, have none (then it is Adam there).
+
+    State: for a leaf of shape (m, n) the moments 2 m n, and 2 (m^2 + n^2) for factors and vectors,
+    in float32. `eigh` and `qr` need a whole factor: shard the factors' state by leaf, not within.
+
+    Args:
+      learning_rate: a number or a schedule.
+      b1, b2, eps: Adam's; eps is added before the bias correction.
+      factor_decay: d.
+      every: updates between two turns of the bases.
+      max_size: the largest axis with a factor; one of 10 000 takes 800 MB.
+      weight_decay: decoupled: -lr weight_decay w. (The authors' code decays what it has updated,
+        which differs by lr^2.)
+
+    Reference: N. Vyas, D. Morwani, R. Zhao, M. Kwun, I. Shapira, D. Brandfonbrener, L. Janson,
+    S. Kakade, "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv:2409.11321.
+
+    >>> params = {"kernel": jnp.ones((2, 3))}
+    >>> tx = soap(0.1)
+    >>> state = tx.init(params)
+    >>> grads = {"kernel": jnp.arange(6.0).reshape(2, 3)}
+    >>> updates, state = tx.update(grads, state, params)
+    >>> float(jnp.abs(updates["kernel"]).max())  # it has looked at the gradient, no more
+    0.0
+    """
+    return optax.chain(
+        scale_by_soap(
+            b1=b1,
+            b2=b2,
+            factor_decay=factor_decay,
+            eps=eps,
+            every=every,
+            max_size=max_size,
+            weight_decay=weight_decay,
+        ),
+        optax.scale_by_learning_rate(learning_rate),
+    )

@@ -1,0 +1,246 @@
+"""SOAP, Fira, GaLore: the authors' algorithm step by step in numpy, limits, invariances."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxkit import masks, optim
+
+RNG = np.random.default_rng(0)
+
+
+def run(tx, params, grads):
+    """Return the params after all gradients (a stacked tree), one jitted scan."""
+
+    def step(carry, g):
+        params, state = carry
+        updates, state = tx.update(g, state, params)
+        return (optax.apply_updates(params, updates), state), updates
+
+    return jax.jit(lambda: jax.lax.scan(step, (params, tx.init(params)), grads))()
+
+
+def soap_by_hand(w, gradients, lr, b1, b2, d, eps, every, wd):
+    """The authors' loop for one matrix, in float64: moments go back to the original frame."""
+    m, n = w.shape
+    left, right = np.zeros((m, m)), np.zeros((n, n))
+    mu, nu = np.zeros((m, n)), np.zeros((m, n))
+    sort = lambda f: np.linalg.eigh(f + 1e-30 * np.eye(len(f)))[1][:, ::-1]
+    for t, g in enumerate(gradients):
+        if t == 0:
+            left, right = (1 - d) * g @ g.T, (1 - d) * g.T @ g
+            ql, qr = sort(left), sort(right)
+            continue
+        x = ql.T @ g @ qr
+        mu, nu = b1 * mu + (1 - b1) * x, b2 * nu + (1 - b2) * x * x
+        step = ql @ (mu / (np.sqrt(nu) + eps)) @ qr.T
+        w = w - lr * (np.sqrt(1 - b2**t) / (1 - b1**t) * step + wd * w)
+        mu = ql @ mu @ qr.T
+        left, right = d * left + (1 - d) * g @ g.T, d * right + (1 - d) * g.T @ g
+        if t % every == 0:
+            order = np.argsort(-np.diag(ql.T @ left @ ql))
+            ql, nu = ql[:, order], nu[order]
+            order = np.argsort(-np.diag(qr.T @ right @ qr))
+            qr, nu = qr[:, order], nu[:, order]
+            ql, qr = np.linalg.qr(left @ ql)[0], np.linalg.qr(right @ qr)[0]
+        mu = ql.T @ mu @ qr
+    return w
+
+
+def test_soap_is_the_authors_loop():
+    w, g = RNG.normal(size=(5, 4)), RNG.normal(size=(60, 5, 4))
+    options = {"b1": 0.9, "b2": 0.95, "eps": 1e-8, "every": 7, "weight_decay": 0.1}
+    with jax.enable_x64(True):
+        tx = optim.soap(0.01, factor_decay=0.8, **options)
+        (got, _), _ = run(tx, {"w": jnp.asarray(w)}, {"w": jnp.asarray(g)})
+        want = soap_by_hand(w, g, 0.01, 0.9, 0.95, 0.8, 1e-8, 7, 0.1)
+        np.testing.assert_allclose(got["w"], want, rtol=0, atol=1e-10)
+
+
+def adam_with_eps_before(w, gradients, lr, b1, b2, eps):
+    mu = nu = np.zeros_like(w)
+    for t, g in enumerate(gradients, 1):
+        mu, nu = b1 * mu + (1 - b1) * g, b2 * nu + (1 - b2) * g * g
+        w = w - lr * np.sqrt(1 - b2**t) / (1 - b1**t) * mu / (np.sqrt(nu) + eps)
+    return w
+
+
+def test_without_factors_soap_is_adam_one_update_late():
+    w, g = RNG.normal(size=(6, 5)), RNG.normal(size=(40, 6, 5))
+    v, h = RNG.normal(size=5), RNG.normal(size=(40, 5))
+    with jax.enable_x64(True):
+        params, grads = ({"w": jnp.asarray(a), "v": jnp.asarray(b)} for a, b in ((w, v), (g, h)))
+        none = optim.soap(0.01, weight_decay=0.0, eps=0.0, max_size=4)
+        (got, _), steps = run(none, params, grads)
+        assert not any(np.any(u[0]) for u in steps.values())
+        late = jax.tree.map(lambda g: g[1:], grads)
+        (adam, _), _ = run(optax.adam(0.01, b1=0.95, b2=0.95, eps=0), params, late)
+        for name in params:
+            np.testing.assert_allclose(got[name], adam[name], rtol=0, atol=1e-12)
+        one_sided = optim.soap(0.01, weight_decay=0.0, eps=0.0, max_size=5)
+        (other, _), _ = run(one_sided, params, grads)
+        assert np.abs(other["w"] - adam["w"]).max() > 1e-2
+        np.testing.assert_allclose(other["v"], adam["v"], rtol=0, atol=1e-12)
+
+
+def test_soap_turns_with_its_gradients_and_adam_does_not():
+    w, g = RNG.normal(size=(5, 4)), RNG.normal(size=(50, 5, 4))
+    a, b = np.linalg.qr(RNG.normal(size=(5, 5)))[0], np.linalg.qr(RNG.normal(size=(4, 4)))[0]
+    turn = lambda x: a @ x @ b.T
+    with jax.enable_x64(True):
+
+        def gap(tx):
+            (plain, _), _ = run(tx, {"w": jnp.asarray(w)}, {"w": jnp.asarray(g)})
+            (turned, _), _ = run(tx, {"w": jnp.asarray(turn(w))}, {"w": jnp.asarray(turn(g))})
+            return np.abs(turned["w"] - turn(plain["w"])).max()
+
+        assert gap(optim.soap(0.01, every=3)) < 1e-10
+        assert gap(optax.adam(0.01)) > 1e-3
+
+
+def test_on_diagonal_gradients_soap_is_adam_through_every_turn():
+    diagonals = RNG.normal(size=(60, 5)) * np.array([1.0, 3.0, 0.5, 2.0, 1.5])
+    g = np.stack([np.diag(d) for d in diagonals])
+    w = RNG.normal(size=(5, 5))
+    with jax.enable_x64(True):
+        tx = optim.soap(0.01, every=7, weight_decay=0.0)
+        (got, state), _ = run(tx, {"w": jnp.asarray(w)}, {"w": jnp.asarray(g)})
+        want = adam_with_eps_before(w, g[1:], 0.01, 0.95, 0.95, 1e-8)
+        # (rounding off the diagonal, over eps)
+        np.testing.assert_allclose(got["w"], want, rtol=0, atol=1e-7)
+        q = state[0].bases["w"].vectors[0]
+        np.testing.assert_allclose(np.sort(np.abs(q), 1)[:, :-1], 0, atol=1e-12)
+        mixed = g + 0.3 * RNG.normal(size=g.shape)
+        (other, _), _ = run(tx, {"w": jnp.asarray(w)}, {"w": jnp.asarray(mixed)})
+        adam = adam_with_eps_before(w, mixed[1:], 0.01, 0.95, 0.95, 1e-8)
+        assert np.abs(other["w"] - adam).max() > 1e-2
+
+
+def test_bases_stay_orthogonal_and_state_has_the_promised_size():
+    tx = optim.soap(0.01)
+    params = {"k": jnp.ones((3, 1, 6, 8)), "b": jnp.ones(8), "s": jnp.ones(())}
+    state = tx.init(params)
+    count = lambda t: sum(x.size for x in jax.tree.leaves(t))
+    assert count(state[0].bases) == 2 * (9 + 36 + 64)
+    assert count((state[0].mu, state[0].nu)) == 2 * (3 * 6 * 8 + 8 + 1)
+    g = jax.tree.map(lambda w: jax.random.normal(jax.random.key(0), (400, *w.shape)), params)
+    (_, state), _ = run(tx, params, g)
+    for q in state[0].bases["k"].vectors:
+        if q is not None:
+            np.testing.assert_allclose(q.T @ q, np.eye(len(q)), atol=1e-5)
+    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+    updates, state = tx.update(half, tx.init(half), half)
+    assert {u.dtype for u in updates.values()} == {jnp.dtype(jnp.bfloat16)}
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(state[0].mu))
+
+
+def test_sparse_soap_keeps_zeros():
+    params = {"w": jnp.asarray(RNG.normal(size=(6, 5)), jnp.float32)}
+    mask = {"w": jnp.asarray(RNG.random((6, 5)) < 0.4)}
+    g = {"w": jnp.asarray(RNG.normal(size=(20, 6, 5)), jnp.float32)}
+    (got, _), _ = run(masks.sparse(optim.soap(0.01, every=3), mask), params, g)
+    assert not np.any(got["w"][~mask["w"]]) and np.all(
+        got["w"][mask["w"]] != params["w"][mask["w"]]
+    )
+    grown = masks.rigl(optim.soap(0.01, every=3), mask, every=4, drop_rate=0.5)
+    (got, state), _ = run(grown, params, g)
+    assert not np.any(got["w"][~masks.current(state)["w"]])
+
+
+# -------------------------------------------------------------------------------- Fira, GaLore
+
+
+def fira_by_hand(w, gradients, lr, rank, every, scale, official, limit=1.01, eps=1e-6):
+    """The authors' loop for one matrix in float64, transposed so that it is tall."""
+    wide = w.shape[0] < w.shape[1]
+    w = w.T if wide else w
+    mu = nu = 0.0
+    before = None
+    for t, g in enumerate(gradients, 1):
+        g = g.T if wide else g
+        if (t - 1) % every == 0:
+            # (the signs of the vectors matter, since the moments are not turned along)
+            u, _, v = np.linalg.svd(g.T if wide else g, full_matrices=False)
+            rows = u[:, :rank].T if wide else v[:rank]
+        x = g @ rows.T
+        mu, nu = 0.9 * mu + 0.1 * x, 0.999 * nu + 0.001 * x * x
+        n = mu / (np.sqrt(nu) + eps)
+        phi = np.linalg.norm(n, axis=1) / (np.linalg.norm(x, axis=1) + 1e-8)
+        rest = (g - (scale if official else 1.0) * x @ rows) * phi[:, None]
+        size = np.linalg.norm(rest)
+        if before is not None:
+            over = max(size / (before + 1e-8), limit) / limit
+            rest, size = rest / over, size / over
+        before = size
+        w = w - lr * np.sqrt(1 - 0.999**t) / (1 - 0.9**t) * (scale * n @ rows + rest)
+    return w.T if wide else w
+
+
+@pytest.mark.parametrize("shape", [(7, 4), (4, 7)])
+@pytest.mark.parametrize("official", [True, False])
+def test_fira_is_the_authors_loop(shape, official):
+    w, g = RNG.normal(size=shape), RNG.normal(size=(30, *shape))
+    g[12] *= 100
+    with jax.enable_x64(True):
+        kind = "official" if official else "paper"
+        tx = optim.fira(0.01, rank=2, every=5, scale=0.25, residual=kind)
+        (got, _), _ = run(tx, {"w": jnp.asarray(w)}, {"w": jnp.asarray(g)})
+        want = fira_by_hand(w, g, 0.01, 2, 5, 0.25, official)
+        np.testing.assert_allclose(got["w"], want, rtol=0, atol=1e-8)
+
+
+def test_at_full_rank_fira_is_galore_is_adam_in_a_turned_frame():
+    w, g = RNG.normal(size=(6, 4)), RNG.normal(size=(30, 6, 4))
+    with jax.enable_x64(True):
+        tree = lambda x: {"w": jnp.asarray(x)}
+        (full, _), _ = run(optim.fira(0.01, rank=4, every=100), tree(w), tree(g))
+        (low, _), _ = run(optim.galore(0.01, rank=4, every=100, scale=1.0), tree(w), tree(g))
+        rows = np.linalg.svd(g[0], full_matrices=False)[2]
+        adam = adam_with_eps_before(w @ rows.T, g @ rows.T, 0.01, 0.9, 0.999, 1e-6) @ rows
+        np.testing.assert_allclose(full["w"], adam, rtol=0, atol=1e-10)
+        np.testing.assert_allclose(low["w"], adam, rtol=0, atol=1e-10)
+
+
+def test_the_residual_grows_by_a_hundredth_at_most():
+    g = RNG.normal(size=(30, 7, 4))
+    g[10] *= 100
+    params = {"w": jnp.zeros((7, 4))}
+    fira, galore = optim.fira(1.0, rank=2, every=5), optim.galore(1.0, rank=2, every=5, scale=1.0)
+    grads = {"w": jnp.asarray(g, jnp.float32)}
+    state, other = fira.init(params), galore.init(params)
+    norms = []
+    for t in range(30):
+        one = jax.tree.map(lambda g, t=t: g[t], grads)
+        u, state = fira.update(one, state, params)
+        v, other = galore.update(one, other, params)
+        correction = np.sqrt(1 - 0.999 ** (t + 1)) / (1 - 0.9 ** (t + 1))
+        norms.append(float(jnp.linalg.norm(u["w"] - v["w"])) / correction)
+        np.testing.assert_allclose(state[0].bases["w"].residual, norms[-1], rtol=1e-3)
+    norms = np.array(norms)
+    assert np.all(norms[1:] <= 1.01 * norms[:-1] * (1 + 2e-3))
+    assert norms[10] > 1.005 * norms[9]
+
+
+def test_a_first_residual_of_zero_does_not_hold_back_the_others():
+    params = {"w": jnp.zeros((6, 4))}
+    g = np.concatenate([np.zeros((1, 6, 4)), RNG.normal(size=(3, 6, 4))]).astype(np.float32)
+    tx = optim.fira(1.0, rank=2, every=1)
+    (_, state), steps = run(tx, params, {"w": jnp.asarray(g)})
+    assert np.all(np.isfinite(steps["w"])) and float(state[0].bases["w"].residual) > 0.1
+
+
+def test_fira_on_other_leaves_is_adam_and_says_what_it_cannot_project():
+    params = {"k": jnp.ones((3, 3, 2, 4)), "b": jnp.ones(4)}
+    g = jax.tree.map(lambda w: jax.random.normal(jax.random.key(1), (10, *w.shape)), params)
+    (got, _), _ = run(optim.fira(0.01, eps=1e-12), params, g)
+    (adam, _), _ = run(optax.adam(0.01, eps=1e-12), params, g)
+    for name in params:
+        np.testing.assert_allclose(got[name], adam[name], rtol=0, atol=1e-5)
+    with pytest.raises(ValueError, match=r"'k' has shape \(3, 3, 2, 4\), and a matrix was due"):
+        optim.fira(0.01, where="k").init(params)
+    with pytest.raises(ValueError, match="rank=0"):
+        optim.fira(0.01, rank=0)
+    with pytest.warns(UserWarning, match="'kernel' .* its rank is 2, not 9"):
+        optim.galore(0.01, rank=9).init({"kernel": jnp.ones((5, 2))})
