@@ -12,6 +12,7 @@ from jaxkit.masks.allocate import (
     uniform,
     uniform_plus,
 )
+from jaxkit.masks.connect import connect, er_width
 from jaxkit.masks.dynamic import gradual, granet, grow, regrow, rigl, set, update_mask
 from jaxkit.masks.flow import prune_in_rounds, synflow, synflow_mask
 from jaxkit.masks.gradient_dropout import gradient_dropout
@@ -75,10 +76,12 @@ __all__ = [
     "canvas",
     "circuit",
     "compute_window",
+    "connect",
     "constrain",
     "current",
     "early_bird",
     "er",
+    "er_width",
     "erk",
     "erk_plus",
     "exponential",

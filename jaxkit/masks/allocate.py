@@ -86,7 +86,7 @@ def _poured(
     sparsity: Any,
     where: tree.Where,
     ratio: Callable[[dict[str, Shape]], np.ndarray],
-    fixed: Callable[[dict[str, Shape], Any], dict[str, float]] = lambda shapes, sparsity: {},
+    fixed: Callable[[dict[str, Shape], Any], dict[str, Any]] = lambda shapes, sparsity: {},
 ) -> PyTree:
     """Pour the budget that the leaves of `fixed` density leave over into the others."""
     check_sparsity(sparsity)
@@ -404,7 +404,5 @@ def pointwise(path: str, leaf: Any) -> bool:
     {'pw': 0.9, 'stem': 0.0}
     """
     return (
-        tree.is_weight(path, leaf)
-        and len(leaf.shape) >= 3
-        and all(n == 1 for n in leaf.shape[:-2])
+        tree.is_weight(path, leaf) and len(leaf.shape) >= 3 and all(n == 1 for n in leaf.shape[:-2])
     )

@@ -32,9 +32,7 @@ class Law(NamedTuple):
         return self.E + self.A / parameters**self.alpha + self.B / tokens**self.beta
 
 
-def fit_law(
-    parameters: Numbers, tokens: Numbers, losses: Numbers, *, delta: float = 1e-3
-) -> Law:
+def fit_law(parameters: Numbers, tokens: Numbers, losses: Numbers, *, delta: float = 1e-3) -> Law:
     """Fit the scaling law that sparse and dense runs share.
 
     The minimum over (log A, log B, log E, alpha, beta) of the sum over runs of Huber_delta of

@@ -9,7 +9,7 @@ import pytest
 from jaxkit import masks
 
 PLANTED = masks.Law(1.7, 400.0, 410.0, 0.34, 0.28)
-GPT3_XL = dict(layers=24, width=2048, context=2048, vocabulary=50257)
+GPT3_XL = {"layers": 24, "width": 2048, "context": 2048, "vocabulary": 50257}
 
 
 def runs():
@@ -87,9 +87,7 @@ def pretrained():
     def logits(params):
         return jnp.tanh(jnp.tanh(x @ params["up"]) @ params["down"]) @ params["head"]
 
-    grads = jax.grad(
-        lambda p: optax.softmax_cross_entropy_with_integer_labels(logits(p), y).mean()
-    )
+    grads = jax.grad(lambda p: optax.softmax_cross_entropy_with_integer_labels(logits(p), y).mean())
 
     def train(tx, params, state, steps):
         def step(carry, _):

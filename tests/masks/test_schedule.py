@@ -90,7 +90,7 @@ def test_bad_input():
         masks.exponential(1, 3)
     with pytest.raises(ValueError, match="rounds is 0"):
         masks.exponential(0.5, 0)
-    with pytest.raises(ValueError, match="start=0.5 and end=0.25"):
+    with pytest.raises(ValueError, match=r"start=0\.5 and end=0\.25"):
         masks.compute_window(0.5, 100, start=0.5, end=0.25)
     with pytest.raises(ValueError, match="1 steps leave none"):
         masks.compute_window(0.5, 1, start=0.1, end=0.2)
