@@ -16,6 +16,7 @@ from jaxkit.masks.connect import connect, er_width
 from jaxkit.masks.dynamic import gradual, granet, grow, regrow, rigl, set, update_mask
 from jaxkit.masks.flow import prune_in_rounds, synflow, synflow_mask
 from jaxkit.masks.gradient_dropout import gradient_dropout
+from jaxkit.masks.graph import Layered, layered, recurrent
 from jaxkit.masks.greedy import Greedy, Visit, greedy_removal, hard_attention
 from jaxkit.masks.pack import pack, unpack
 from jaxkit.masks.partition import Partition, canvas, early_bird, partition, partition_distance
@@ -56,6 +57,7 @@ __all__ = [
     "ConstrainState",
     "Greedy",
     "Law",
+    "Layered",
     "Mask",
     "Memory",
     "Partition",
@@ -101,6 +103,7 @@ __all__ = [
     "hrank",
     "hyperplanes",
     "iterative",
+    "layered",
     "magnitude",
     "movement",
     "n_of_m",
@@ -116,6 +119,7 @@ __all__ = [
     "pyramidal",
     "random",
     "ratios",
+    "recurrent",
     "regrow",
     "reinit",
     "report",
