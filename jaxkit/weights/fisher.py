@@ -1,0 +1,180 @@
+"""The diagonal of the Fisher information, and the average of models that it weighs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray, PyTree
+
+from jaxkit import tree
+from jaxkit.weights.merge import Method, Models, combine
+
+__all__ = ["fisher", "fisher_average"]
+
+
+def fisher(
+    apply_fn: Callable[[PyTree, Any], Float[Array, "examples classes"]],
+    params: PyTree,
+    batch: Any,
+    *,
+    labels: str = "exact",
+    key: PRNGKeyArray | None = None,
+    axis_name: str | None = None,
+) -> PyTree:
+    r"""Estimate the diagonal of the Fisher information of a classifier.
+
+    .. math:: F = \frac1M \sum_x \sum_y p(y|x) \left(\frac{\partial \log p(y|x)}{\partial\theta}
+        \right)^2
+
+    The square is of the gradient of each example and each class. (The square of the gradient of a
+    batch is another quantity, and not even close.) One example after another, so that the memory is
+    that of one example's gradients, times the classes for "exact".
+
+    Args:
+      apply_fn: ``apply_fn(params, inputs) -> logits`` of one row an example; without dropout, and
+        with running statistics in place of those of the batch.
+      params: any tree.
+      batch: the inputs, arrays with a leading axis of examples; for "empirical" ``(inputs, y)``.
+      labels: "exact" sums over the classes; "sample" draws one label from p for each example
+        (unbiased, for many classes); "empirical" takes the true labels, which is not the Fisher
+        information but is often called so.
+      key: a typed key for "sample".
+      axis_name: average over this axis of pmap or shard_map (the draws of "sample" fold it in).
+
+    Returns:
+      A tree like params of float32, at least 0; what is no float leaf passes through.
+
+    Raises:
+      ValueError: `labels` of another name, no key for "sample", logits of another shape.
+      TypeError: a legacy uint32 key.
+
+    References: M. S. Matena, C. Raffel, "Merging Models with Fisher-Weighted Averaging",
+    arXiv:2111.09832. On "empirical": F. Kunstner, L. Balles, P. Hennig, "Limitations of the
+    Empirical Fisher Approximation for Natural Gradient Descent", arXiv:1905.12558.
+
+    >>> apply_fn = lambda params, x: x @ params["kernel"]
+    >>> F = fisher(apply_fn, {"kernel": jnp.zeros((1, 2))}, jnp.array([[1.0], [3.0]]))
+    >>> F["kernel"].tolist()  # mean of x^2 times p (1 - p)
+    [[1.25, 1.25]]
+    """
+    if labels not in ("exact", "sample", "empirical"):
+        raise ValueError(f"labels={labels!r}; 'exact', 'sample' or 'empirical' was due")
+    inputs, y = batch if labels == "empirical" else (batch, None)
+    n = len(jax.tree.leaves(inputs)[0])
+    keys = None
+    if labels == "sample":
+        if key is None:
+            raise ValueError("labels='sample' draws labels: give a key")
+        tree.check_key(key)
+        own = key if axis_name is None else jax.random.fold_in(key, lax.axis_index(axis_name))
+        keys = jax.random.split(own, n)
+    leaves, structure = jax.tree.flatten(params)
+    floats = [leaf if tree.is_inexact(leaf) else None for leaf in leaves]
+
+    def log_p(floats: list, x: Any) -> Float[Array, " classes"]:
+        full = [w if f is None else f for f, w in zip(floats, leaves, strict=True)]
+        logits = apply_fn(jax.tree.unflatten(structure, full), jax.tree.map(lambda a: a[None], x))
+        if logits.ndim != 2 or len(logits) != 1:
+            raise ValueError(f"one row of logits an example was due, and {logits.shape} came for 1")
+        return jax.nn.log_softmax(logits[0].astype(jnp.float32))
+
+    def add(total: list, example: Any) -> tuple[list, None]:
+        x, y, key = example
+        out, pull = jax.vjp(lambda f: log_p(f, x), floats)
+        square = lambda g: jnp.square(tree.float32(g))
+        if labels == "exact":
+            rows = jax.vmap(pull)(jnp.eye(len(out)))[0]
+            new = jax.tree.map(lambda g: jnp.tensordot(jnp.exp(out), square(g), 1), rows)
+        else:
+            label = jax.random.categorical(key, out) if labels == "sample" else y
+            new = jax.tree.map(square, pull(jax.nn.one_hot(label, len(out)))[0])
+        return jax.tree.map(jnp.add, total, new), None
+
+    zeros = jax.tree.map(lambda w: jnp.zeros_like(tree.float32(w)), floats)
+    total, _ = lax.scan(add, zeros, (inputs, y, keys))
+    mean = jax.tree.map(lambda f: f / n, total)
+    if axis_name is not None:
+        mean = lax.pmean(mean, axis_name)
+    out = [w if f is None else f for f, w in zip(mean, leaves, strict=True)]
+    return jax.tree.unflatten(structure, out)
+
+
+def fisher_average(
+    fishers: Models,
+    weights: Any = None,
+    *,
+    normalize: bool = True,
+    floor: float = 1e-6,
+    favor_first: bool = True,
+) -> Method:
+    r"""Average models entry by entry, each by its precision: the mode of a product of Gaussians.
+
+    .. math:: \theta = \sum_i \frac{l_i}{n_i} F_i \theta_i \Big/ \sum_i \frac{l_i}{n_i} F_i
+
+    Leaf by leaf, with and without a base. Merge the bodies by ``where``, with the target's model
+    first: without a base the head is the first model's.
+
+    Args:
+      fishers: what `fisher` gives for each model, in their order: a list, or a stacked tree.
+      weights: l_i, one number a model; equal by default. The paper tries 51 of them on the line
+        between two models, and takes the best on validation data.
+      normalize: n_i is the norm of the whole F_i; else 1.
+      floor: F is at least this, before l_i / n_i; for the first model only if `favor_first`, so
+        that where no model has information, the first one's value stays, exactly. 0 is no floor.
+
+    Raises:
+      ValueError: Fishers that are negative, NaN or all zero (if they are known); entries at which
+        the coefficients of all models are 0 (0 / 0, if known; under jit they become 0); (when
+        merging) Fishers that do not fit the leaf.
+
+    Reference: M. S. Matena, C. Raffel, "Merging Models with Fisher-Weighted Averaging",
+    arXiv:2111.09832.
+
+    >>> from jaxkit import weights
+    >>> models = [{"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([5.0, 6.0])}]
+    >>> fishers = [{"w": jnp.array([3.0, 1.0])}, {"w": jnp.array([1.0, 0.0])}]
+    >>> method = fisher_average(fishers, normalize=False)
+    >>> weights.merge(None, models, method)["w"].tolist()
+    [2.0, 2.0]
+    """
+    if type(fishers) in (list, tuple):
+        flats = [tree.flatten(f) for f in fishers]
+        lost = [(i, p) for i, f in enumerate(flats) for p in {*flats[0]} ^ {*f}]
+        if lost:
+            raise ValueError(f"the Fishers of models 0 and {lost[0][0]} differ in {lost[0][1]!r}")
+        stacks = {
+            p: jnp.stack([f[p] for f in flats]) for p, x in flats[0].items() if tree.is_inexact(x)
+        }
+    else:
+        stacks = {p: x for p, x in tree.flatten(fishers).items() if tree.is_inexact(x)}
+    stacks = {p: tree.float32(x) for p, x in stacks.items()}
+    n = {path: len(x) for path, x in stacks.items()}
+    for path, x in stacks.items():
+        if tree.concrete(x) and not (x >= 0).all():
+            raise ValueError(f"the Fisher of {path!r} has entries that are negative or NaN")
+    squares = [jnp.square(x).sum(tuple(range(1, x.ndim))) for x in stacks.values()]
+    norms = (
+        jnp.sqrt(sum(squares)) if normalize and squares else jnp.ones(max(n.values(), default=1))
+    )
+    if tree.concrete(norms) and (norms == 0).any():
+        raise ValueError(f"the Fisher of model {int((norms == 0).argmax())} is all zero")
+    ratio = (1 if weights is None else jnp.asarray(weights)) / jnp.where(norms > 0, norms, 1)
+
+    def weigh(path: str, deltas: Array, aux: Any) -> Array:
+        if path not in stacks or stacks[path].shape != deltas.shape:
+            came = "none" if path not in stacks else f"one of {stacks[path].shape}"
+            raise ValueError(
+                f"a Fisher of {path!r} of shape {deltas.shape} is due, and {came} came"
+            )
+        f = stacks[path]
+        first = (jnp.arange(len(f)) == 0) | (not favor_first)
+        least = jnp.where(first, floor, 0.0)
+        over = lambda c: c.reshape(c.shape + (1,) * (f.ndim - 1))
+        c = over(ratio) * jnp.maximum(f, over(least))
+        if tree.concrete(c) and (c.sum(0) == 0).any():
+            raise ValueError(f"no model has information on some entries of {path!r}: give a floor")
+        return combine(deltas, c)
+
+    return Method(weigh, needs_base=False)

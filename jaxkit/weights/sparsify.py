@@ -1,0 +1,174 @@
+"""What methods do to the deltas of every model before they combine them.
+
+A `Step` maps (models, *shape) to (models, *shape); `after` puts it in front of a method.
+"""
+
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, PRNGKeyArray
+
+from jaxkit import _rank as rank
+from jaxkit import tree
+from jaxkit.weights.merge import Deltas, Method
+
+Scope = str | int
+
+__all__ = ["Scope", "Step", "after", "check_share", "drop", "scoped", "window"]
+
+
+class Step(NamedTuple):
+    """A `Method` but for its result, which is still one delta a model."""
+
+    apply: Callable[[str, Array, Any], Array]
+    prepare: Callable[[Deltas], dict[str, Any]] | None = None
+
+
+def after(step: Step, method: Method) -> Method:
+    """Return the method on what the step leaves of the deltas. The base is needed."""
+
+    def prepare(deltas: Deltas) -> dict[str, Any]:
+        first = dict.fromkeys(deltas) if step.prepare is None else step.prepare(deltas)
+        if method.prepare is None:
+            return {path: (aux, None) for path, aux in first.items()}
+        left = {path: step.apply(path, d, first[path]) for path, d in deltas.items()}
+        second = method.prepare(left)
+        return {path: (first[path], second[path]) for path in deltas}
+
+    def combine(path: str, deltas: Array, aux: Any) -> Array:
+        first, second = (None, None) if aux is None else aux
+        return method.combine(path, step.apply(path, deltas, first), second)
+
+    together = step.prepare is not None or method.prepare is not None
+    return Method(combine, prepare if together else None)
+
+
+def scoped(
+    scope: Scope,
+    measure: Callable[[Deltas], Any],
+    use: Callable[[str, Array, Any], Array],
+) -> tuple[Callable[[str, Array, Any], Array], Callable[[Deltas], dict[str, Any]] | None]:
+    """Return (combine, prepare) of what is measured over the whole tree, or leaf by leaf."""
+    if scope == "tree":
+        return use, lambda deltas: dict.fromkeys(deltas, measure(deltas))
+    if scope == "leaf":
+        return lambda path, d, aux: use(path, d, measure({path: d})), None
+    raise ValueError(f"scope={scope!r}; 'tree' or 'leaf' was due")
+
+
+def check_share(name: str, value: Any, *, top: bool = False) -> None:
+    """Raise unless a known number is in [0, 1), or [0, 1] with `top`."""
+    if isinstance(value, int | float) and not (0 <= value < 1 or (top and value == 1)):
+        raise ValueError(f"{name} is {value}, and a number in [0, 1{']' if top else ')'} was due")
+
+
+def window(sparsity: float | Array, outliers: float | Array = 0.0, scope: Scope = "leaf") -> Step:
+    """Keep the entries with the largest magnitudes, but not the very largest.
+
+    Of n entries the round-half-even(outliers n) largest go, and so many of the smallest that
+    round-half-even(sparsity n) are zero. Equal magnitudes rank in the order of the flat index.
+
+    Args:
+      sparsity: the fraction of zeros, in [0, 1).
+      outliers: the part of them that is taken from above, at most `sparsity`.
+      scope: what is ranked together, in every model by itself: "tree", "leaf", or an integer: each
+        line along that axis. A scalar leaf is left alone, but by "tree".
+    """
+    check_share("sparsity", sparsity)
+    check_share("outliers", outliers)
+    known = isinstance(sparsity, int | float) and isinstance(outliers, int | float)
+    if known and outliers > sparsity:
+        raise ValueError(
+            f"outliers={outliers} is more than sparsity={sparsity}, of which it is part"
+        )
+    if scope not in ("tree", "leaf") and not isinstance(scope, int):
+        raise ValueError(f"scope={scope!r}; 'tree', 'leaf' or an axis (an int) was due")
+    from_above = not (isinstance(outliers, int | float) and outliers == 0)
+
+    def counts(n: Any) -> tuple[Any, Any]:
+        """Return how many are removed from above, and how many there are above the rest."""
+        pair = rank.as_pair(n)
+        start = rank.share(pair, outliers)
+        return start, rank.minus(pair, rank.minus(rank.share(pair, sparsity), start))
+
+    def between(x: Deltas, start: Any, stop: Any) -> dict[str, Bool[Array, "..."]]:
+        every = dict.fromkeys(x, True)
+        kept = tree.topk(x, stop, where=every)
+        if from_above:
+            cut = tree.topk(x, start, where=every)
+            kept = {path: kept[path] & ~cut[path] for path in x}
+        return kept
+
+    def leaf(x: Float[Array, "..."], start: Any, stop: Any) -> Bool[Array, "..."]:
+        return between({"": x}, start, stop)[""]
+
+    def prepare(deltas: Deltas) -> dict[str, Any]:
+        n = sum(d[0].size for d in deltas.values())
+
+        def of_one_model(x: Deltas) -> dict[str, Any]:
+            every = dict.fromkeys(x, True)
+            tops = [tree.topk(x, k, where=every) for k in counts(n)]
+            return {path: tuple(rank.count(top[path]) for top in tops) for path in x}
+
+        return jax.vmap(of_one_model)({path: jnp.abs(d) for path, d in deltas.items()})
+
+    def apply(path: str, deltas: Array, aux: Any) -> Array:
+        if not deltas[0].size or (deltas.ndim == 1 and scope != "tree"):
+            return deltas
+        x = jnp.abs(deltas)
+        if scope == "tree":
+            kept = jax.vmap(leaf)(x, *aux)
+        elif scope == "leaf":
+            start, stop = counts(deltas[0].size)
+            kept = jax.vmap(lambda x: leaf(x, start, stop))(x)
+        else:
+            axis = _axis(path, scope, deltas.ndim - 1)
+            x = jnp.moveaxis(x, axis + 1, -1)
+            start, stop = counts(x.shape[-1])
+            if from_above and tree.concrete(start.lo) and not start.lo:
+                warnings.warn(
+                    f"{path!r}: no outlier is removed from lines of {x.shape[-1]} entries",
+                    stacklevel=2,
+                )
+            line = lambda x: leaf(x, start, stop)
+            for _ in x.shape[:-1]:
+                line = jax.vmap(line)
+            kept = jnp.moveaxis(line(x), -1, axis + 1)
+        return jnp.where(kept, deltas, 0)
+
+    return Step(apply, prepare if scope == "tree" else None)
+
+
+def _axis(path: str, axis: int, ndim: int) -> int:
+    if not -ndim <= axis < ndim:
+        raise ValueError(
+            f"{path!r} has {ndim} dimensions and no axis {axis}; leave it out by `where`"
+        )
+    return axis % ndim
+
+
+def drop(key: PRNGKeyArray, drop_rate: float | Array, rescale: Callable[[str], Any]) -> Step:
+    """Set every entry to zero with probability `drop_rate`, and divide the others.
+
+    The draws of a leaf depend on the key, its path and the model's place in the list alone.
+
+    Args:
+      key: a typed key.
+      drop_rate: in [0, 1).
+      rescale: ``path -> q``, what the entries that stay are divided by.
+    """
+    tree.check_key(key)
+    check_share("drop_rate", drop_rate)
+
+    def apply(path: str, deltas: Array, aux: Any) -> Array:
+        own = tree.flatten(tree.keys(key, {path: 0}, "jaxkit.weights.dare"))[path]
+        draw = lambda i: jax.random.bernoulli(
+            jax.random.fold_in(own, i), 1 - drop_rate, deltas.shape[1:]
+        )
+        kept = jax.vmap(draw)(jnp.arange(len(deltas)))
+        return jnp.where(kept, deltas / rescale(path), 0)
+
+    return Step(apply)
