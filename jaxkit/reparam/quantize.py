@@ -90,7 +90,8 @@ def quantized_inputs(
     """
 
     def quantized(op, x, w, clip):
-        return op.run(fake_quantize(x, *clip, bits), w)
+        low, high = clip
+        return op.run(fake_quantize(x, low, high, bits), w)
 
     for low, high in clips.values():
         if tree.concrete(low, high) and not low < high:
