@@ -14,12 +14,16 @@ from jaxkit.masks.allocate import (
 )
 from jaxkit.masks.connect import connect, er_width
 from jaxkit.masks.dynamic import gradual, granet, grow, regrow, rigl, set, update_mask
+from jaxkit.masks.finetune import hft, lt_sft, sara, sara_penalty, small
 from jaxkit.masks.flow import prune_in_rounds, synflow, synflow_mask
 from jaxkit.masks.gradient_dropout import gradient_dropout
+from jaxkit.masks.graft import graft, most_moved, overlap
 from jaxkit.masks.graph import Layered, layered, recurrent
 from jaxkit.masks.greedy import Greedy, Visit, greedy_removal, hard_attention
+from jaxkit.masks.memcontrol import memcontrol, memorization, switch
 from jaxkit.masks.pack import pack, unpack
 from jaxkit.masks.partition import Partition, canvas, early_bird, partition, partition_distance
+from jaxkit.masks.patch import Entries, Patch, compose, difference, fingerprint, revert
 from jaxkit.masks.patterns import bernoulli, blocks, n_of_m, sample, threshold
 from jaxkit.masks.report import Report, report
 from jaxkit.masks.rescale import rescale, sketch
@@ -55,12 +59,14 @@ from jaxkit.masks.unit_scores import (
 
 __all__ = [
     "ConstrainState",
+    "Entries",
     "Greedy",
     "Law",
     "Layered",
     "Mask",
     "Memory",
     "Partition",
+    "Patch",
     "Report",
     "Rule",
     "Shrunk",
@@ -77,21 +83,25 @@ __all__ = [
     "bn_scale",
     "canvas",
     "circuit",
+    "compose",
     "compute_window",
     "connect",
     "constrain",
     "current",
+    "difference",
     "early_bird",
     "er",
     "er_width",
     "erk",
     "erk_plus",
     "exponential",
+    "fingerprint",
     "fit_law",
     "fold_norm",
     "fpgm",
     "gradient_dropout",
     "gradual",
+    "graft",
     "granet",
     "grasp",
     "greedy_removal",
@@ -99,16 +109,22 @@ __all__ = [
     "grow",
     "gumbel",
     "hard_attention",
+    "hft",
     "hold",
     "hrank",
     "hyperplanes",
     "iterative",
     "layered",
+    "lt_sft",
     "magnitude",
+    "memcontrol",
+    "memorization",
+    "most_moved",
     "movement",
     "n_of_m",
     "nested",
     "obd",
+    "overlap",
     "pack",
     "partition",
     "partition_distance",
@@ -124,19 +140,24 @@ __all__ = [
     "reinit",
     "report",
     "rescale",
+    "revert",
     "rigl",
     "route",
     "sample",
     "sap_fraction",
+    "sara",
+    "sara_penalty",
     "set",
     "shrink",
     "shuffle",
     "sketch",
+    "small",
     "snip",
     "sparse",
     "spline",
     "stability",
     "subnets",
+    "switch",
     "synflow",
     "synflow_mask",
     "taylor",

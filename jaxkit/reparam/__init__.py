@@ -1,9 +1,19 @@
 """Reparametrizations: theta in, params out; what is trained is theta."""
 
 from jaxkit.reparam.core import Reparam, Theta, install, leafwise, matched
+from jaxkit.reparam.gates import (
+    budget_pressure,
+    expected_entries,
+    gate,
+    gate_penalty,
+    gate_units,
+    optfs,
+    temperature,
+)
 from jaxkit.reparam.jackpot import jackpots, swap
 from jaxkit.reparam.quantize import fake_quantize, quantized_inputs
 from jaxkit.reparam.recycle import iterand, recycle
+from jaxkit.reparam.subset import compact, grafting, hardened
 from jaxkit.reparam.supermask import (
     biprop,
     edge_popup,
@@ -15,13 +25,22 @@ from jaxkit.reparam.supermask import (
     straight_through,
     supermask,
 )
+from jaxkit.reparam.threshold import soft_threshold
 
 __all__ = [
     "Reparam",
     "Theta",
     "biprop",
+    "budget_pressure",
+    "compact",
     "edge_popup",
+    "expected_entries",
     "fake_quantize",
+    "gate",
+    "gate_penalty",
+    "gate_units",
+    "grafting",
+    "hardened",
     "install",
     "iterand",
     "jackpots",
@@ -30,11 +49,14 @@ __all__ = [
     "mask_norm",
     "mask_tuning",
     "matched",
+    "optfs",
     "quantized_inputs",
     "random_signs",
     "recycle",
     "signed_supermask",
+    "soft_threshold",
     "straight_through",
     "supermask",
     "swap",
+    "temperature",
 ]
