@@ -7,6 +7,7 @@ from jaxkit.reparam.gates import (
     gate,
     gate_penalty,
     gate_units,
+    keep_rows,
     optfs,
     temperature,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "install",
     "iterand",
     "jackpots",
+    "keep_rows",
     "leafwise",
     "learned_mask",
     "mask_norm",
