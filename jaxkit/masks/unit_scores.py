@@ -75,11 +75,15 @@ def unit_matrices(
             if entry is None or (kind is not None and kind.dims[d] != role):
                 continue
             rows = _rows(tree.float32(leaf), d)
-            for axis in members(entry):
-                if not axis.pinned:
-                    found.setdefault(axis.name, []).extend(_blocks(rows, entry, axis.name))
+            for name in _free(entry):
+                found.setdefault(name, []).extend(_blocks(rows, entry, name))
     order = [name for name in named(axes) if name in found]
     return {name: jnp.concatenate(found[name], 1) for name in order}
+
+
+def _free(entry: Entry) -> list[str]:
+    """Return the names of the axes in an entry that may be cut."""
+    return list(dict.fromkeys(axis.name for axis in members(entry) if not axis.pinned))
 
 
 def _rows(x: Array, axis: int) -> Array:
@@ -135,7 +139,8 @@ def unit_norm(
     if order not in (1, 2):
         raise ValueError(f"order={order}, and 1 or 2 was due")
     rows = unit_matrices(params, axes, roles, where=where)
-    norm = (lambda w: jnp.abs(w).sum(1)) if order == 1 else _norm
+    absolute = lambda w: jnp.where(w == 0, 0, jnp.abs(w))  # its gradient at 0 is 0
+    norm = (lambda w: absolute(w).sum(1)) if order == 1 else _norm
     return {name: norm(w) for name, w in rows.items()}
 
 
@@ -341,9 +346,8 @@ def apoz(
     counts: dict[str, list[Array]] = {}
     for entry, at, tap in _activations(apply_fn, params, args, axes, roles):
         rows = _rows((tap.input != 0).astype(jnp.float32), at)
-        for axis in members(entry):
-            if not axis.pinned:
-                counts.setdefault(axis.name, []).extend(_blocks(rows, entry, axis.name))
+        for name in _free(entry):
+            counts.setdefault(name, []).extend(_blocks(rows, entry, name))
     return {name: jnp.concatenate(rows, 1).mean(1) for name, rows in counts.items()}
 
 
@@ -384,9 +388,8 @@ def hrank(
             continue
         maps = jnp.moveaxis(tree.float32(tap.input), at, 0)  # (channels, examples, height, width)
         mean = jnp.linalg.matrix_rank(maps).astype(jnp.float32).mean(1)[:, None]
-        for axis in members(entry):
-            if not axis.pinned:
-                ranks.setdefault(axis.name, []).extend(_blocks(mean, entry, axis.name))
+        for name in _free(entry):
+            ranks.setdefault(name, []).extend(_blocks(mean, entry, name))
     if not ranks:
         raise ValueError("no convolution over two dimensions reads an axis: no feature maps")
     return {name: jnp.concatenate(r, 1).mean(1) for name, r in ranks.items()}
