@@ -13,6 +13,7 @@ from jaxkit.masks.allocate import (
     uniform_plus,
 )
 from jaxkit.masks.connect import connect, er_width
+from jaxkit.masks.continual import Task, Transfer, cl_dst, recall, remember, transfer
 from jaxkit.masks.dynamic import gradual, granet, grow, regrow, rigl, set, update_mask
 from jaxkit.masks.finetune import hft, lt_sft, sara, sara_penalty, small
 from jaxkit.masks.flow import prune_in_rounds, synflow, synflow_mask
@@ -20,6 +21,7 @@ from jaxkit.masks.gradient_dropout import gradient_dropout
 from jaxkit.masks.graft import graft, most_moved, overlap
 from jaxkit.masks.graph import Layered, layered, recurrent
 from jaxkit.masks.greedy import Greedy, Visit, greedy_removal, hard_attention
+from jaxkit.masks.isoflop import IsoFlop, doped, factorized, folded_decay, parallel, wide
 from jaxkit.masks.memcontrol import memcontrol, memorization, switch
 from jaxkit.masks.pack import pack, unpack
 from jaxkit.masks.partition import Partition, canvas, early_bird, partition, partition_distance
@@ -61,6 +63,7 @@ __all__ = [
     "ConstrainState",
     "Entries",
     "Greedy",
+    "IsoFlop",
     "Law",
     "Layered",
     "Mask",
@@ -72,7 +75,9 @@ __all__ = [
     "Shrunk",
     "SparseState",
     "Stability",
+    "Task",
     "Ticket",
+    "Transfer",
     "Visit",
     "apoz",
     "apply",
@@ -83,21 +88,25 @@ __all__ = [
     "bn_scale",
     "canvas",
     "circuit",
+    "cl_dst",
     "compose",
     "compute_window",
     "connect",
     "constrain",
     "current",
     "difference",
+    "doped",
     "early_bird",
     "er",
     "er_width",
     "erk",
     "erk_plus",
     "exponential",
+    "factorized",
     "fingerprint",
     "fit_law",
     "fold_norm",
+    "folded_decay",
     "fpgm",
     "gradient_dropout",
     "gradual",
@@ -126,6 +135,7 @@ __all__ = [
     "obd",
     "overlap",
     "pack",
+    "parallel",
     "partition",
     "partition_distance",
     "pointwise",
@@ -135,9 +145,11 @@ __all__ = [
     "pyramidal",
     "random",
     "ratios",
+    "recall",
     "recurrent",
     "regrow",
     "reinit",
+    "remember",
     "report",
     "rescale",
     "revert",
@@ -166,6 +178,7 @@ __all__ = [
     "tickets",
     "tokens",
     "topk",
+    "transfer",
     "transformer_flops",
     "uniform",
     "uniform_plus",
@@ -174,4 +187,5 @@ __all__ = [
     "units",
     "unpack",
     "update_mask",
+    "wide",
 ]
