@@ -83,10 +83,12 @@ def regrow(
     [[True, False, False, True]]
     """
     _check_rate(drop_rate)
-    return grow(_drop(mask, scores, drop_rate, where), growth, mask, where=where)
+    return grow(drop_each(mask, scores, drop_rate, where=where), growth, mask, where=where)
 
 
-def _drop(mask: Mask, scores: PyTree, drop_rate: float | Array, where: tree.Where) -> Mask:
+def drop_each(
+    mask: Mask, scores: PyTree, drop_rate: float | Array, *, where: tree.Where = None
+) -> Mask:
     """Prune every chosen leaf for itself by the same share."""
     rates = jax.tree.map(lambda _: drop_rate, scores)
     return prune(mask, scores, rates, where=tree.select(scores, where))
@@ -356,7 +358,9 @@ def drop_by_sign(
     chosen = tree.select(params, where)
     positive = jax.tree.map(lambda m, w: m & (w > 0) if tree.is_inexact(w) else m, mask, params)
     other = jax.tree.map(lambda m, w: m & ~(w > 0) if tree.is_inexact(w) else m, mask, params)
-    sides = [_drop(side, magnitude(params), drop_rate, chosen) for side in (positive, other)]
+    sides = [
+        drop_each(side, magnitude(params), drop_rate, where=chosen) for side in (positive, other)
+    ]
     return jax.tree.map(jnp.logical_or, *sides)
 
 
