@@ -101,9 +101,10 @@ def pcb(
         below = math.floor(lost) if isinstance(lost, int | float) else jnp.floor(lost)
         cut, top = from_below(s, below), from_below(s, d - 1)
         for name, least, most in (("magnitudes", low, high), ("scores", cut, top)):
-            if tree.concrete(least, most) and (least >= most).any():
+            flat = least >= most
+            if tree.concrete(flat) and flat.any():
                 raise ValueError(
-                    f"the {name} of model {int((least >= most).argmax())} are all equal in "
+                    f"the {name} of model {int(flat.argmax())} are all equal in "
                     f"{', '.join(map(repr, deltas))}: there is nothing to rank"
                 )
         return _Ranks(low, high, cut, top)

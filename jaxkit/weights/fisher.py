@@ -152,14 +152,16 @@ def fisher_average(
     stacks = {p: tree.float32(x) for p, x in stacks.items()}
     n = {path: len(x) for path, x in stacks.items()}
     for path, x in stacks.items():
-        if tree.concrete(x) and not (x >= 0).all():
+        fine = (x >= 0).all()
+        if tree.concrete(fine) and not fine:
             raise ValueError(f"the Fisher of {path!r} has entries that are negative or NaN")
     squares = [jnp.square(x).sum(tuple(range(1, x.ndim))) for x in stacks.values()]
     norms = (
         jnp.sqrt(sum(squares)) if normalize and squares else jnp.ones(max(n.values(), default=1))
     )
-    if tree.concrete(norms) and (norms == 0).any():
-        raise ValueError(f"the Fisher of model {int((norms == 0).argmax())} is all zero")
+    none = norms == 0
+    if tree.concrete(none) and none.any():
+        raise ValueError(f"the Fisher of model {int(none.argmax())} is all zero")
     ratio = (1 if weights is None else jnp.asarray(weights)) / jnp.where(norms > 0, norms, 1)
 
     def weigh(path: str, deltas: Array, aux: Any) -> Array:
@@ -173,7 +175,8 @@ def fisher_average(
         least = jnp.where(first, floor, 0.0)
         over = lambda c: c.reshape(c.shape + (1,) * (f.ndim - 1))
         c = over(ratio) * jnp.maximum(f, over(least))
-        if tree.concrete(c) and (c.sum(0) == 0).any():
+        empty = (c.sum(0) == 0).any()
+        if tree.concrete(empty) and empty:
             raise ValueError(f"no model has information on some entries of {path!r}: give a floor")
         return combine(deltas, c)
 

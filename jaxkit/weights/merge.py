@@ -258,12 +258,12 @@ def _stack(path: str, leaf: Any, column: Any) -> Array:
             raise ValueError(f"{path!r} is a scalar, and a leading axis of models was due")
         _check_kind(f"{path!r} of the stack", column, (*n, *leaf.shape), leaf.dtype)
         column = jnp.asarray(column)
-    if tree.concrete(column, leaf):
-        bad = np.asarray(jnp.isnan(column).any(tuple(range(1, column.ndim))))
-        if bad.any():
-            raise ValueError(f"{path!r} of model {int(bad.argmax())} holds NaN")
-        if jnp.isnan(jnp.asarray(leaf)).any():
-            raise ValueError(f"{path!r} of the base holds NaN")
+    bad = jnp.isnan(column).any(tuple(range(1, column.ndim)))
+    if tree.concrete(bad) and bad.any():
+        raise ValueError(f"{path!r} of model {int(bad.argmax())} holds NaN")
+    bad = jnp.isnan(leaf).any()
+    if tree.concrete(bad) and bad:
+        raise ValueError(f"{path!r} of the base holds NaN")
     return column
 
 
@@ -275,13 +275,11 @@ def _check_kind(what: str, x: Any, shape: tuple[int, ...], dtype: Any) -> None:
 
 def _check_equal(path: str, leaf: Any, column: Any) -> None:
     for i, x in enumerate(column):
-        if tree.concrete(leaf, x) and not _same(leaf, x):
+        same = leaf is x or np.shape(leaf) == np.shape(x)
+        if same and leaf is not x:
+            same = leaf == x
+            same = same.all() if tree.is_array(same) else same
+        if tree.concrete(same) and not same:
             raise ValueError(
                 f"{path!r} is no float leaf and is never averaged, and model {i} has another one"
             )
-
-
-def _same(a: Any, b: Any) -> bool:
-    if not tree.is_array(a):
-        return a is b or bool(a == b)
-    return np.shape(a) == np.shape(b) and bool((a == b).all())

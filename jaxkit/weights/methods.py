@@ -80,7 +80,8 @@ def average(weights: Weights = None, *, normalize: bool = True) -> Method:
 
     def weighted(path: str, deltas: Array, aux: Any) -> Array:
         c = coefficients(path, deltas)
-        if normalize and tree.concrete(c) and (c.sum(0) == 0).any():
+        empty = (c.sum(0) == 0).any()
+        if normalize and tree.concrete(empty) and empty:
             raise ValueError(f"the weights of {path!r} sum to 0")
         return combine(deltas, c, normalize=normalize)
 
