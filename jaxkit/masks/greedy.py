@@ -73,8 +73,8 @@ def greedy_removal(
 
     Args:
       losses_fn: ``losses_fn(unit_mask, decision_set) -> losses`` of the examples, whose mean
-        decides (or a scalar). With weights: ``loss(apply(params, subnet(params, unit_mask, axes,
-        branches=branches)), decision_set)``. Jit it: the masks always have the same shapes.
+        decides (or a scalar). With weights: the loss at ``apply(params, nested.subnet(params, unit_mask, axes,
+        branches=branches))``. Jit it: the masks always have the same shapes.
       unit_mask: True for the units to start with, by name, from the first layer to the last.
       decision_set: held-out examples: neither those that trained nor those that will test.
       parts: into how many parts the units of an axis are divided, by name; default: an axis is

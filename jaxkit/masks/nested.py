@@ -133,16 +133,18 @@ def subnet(
     return mask
 
 
-def sorted_space(params: PyTree, choices: Mapping[str, Sequence[int]], axes: PyTree) -> Space:
+def sorted_space(
+    params: PyTree, choices: Mapping[str | tuple[str, ...], Sequence[int]], axes: PyTree
+) -> Space:
     """Return the nested sub-networks of SortedNet: the first b units of each axis, b from a list.
 
-    Several axes are independent: every tuple of widths is a sub-network, all equally likely.
+    Several lists are independent: every tuple of widths is a sub-network, all equally likely.
     Sub-network b contains every smaller one, so one set of weights is truncated to what fits.
 
     Args:
       params: a tree of arrays, or of their shapes.
-      choices: the widths of each axis in increasing order, the full size last. Heads are an axis:
-        what is kept is whole heads.
+      choices: the widths of each axis in increasing order, the full size last; a tuple of axes
+        shares its width. Heads are an axis: what is kept is whole heads.
       axes: the axes tree of params.
 
     Returns:
@@ -161,22 +163,26 @@ def sorted_space(params: PyTree, choices: Mapping[str, Sequence[int]], axes: PyT
     a Place for Every Network and Every Network in its Place: Towards a Generalized Solution for
     Training Many-in-One Neural Networks", arXiv:2309.00255.
     """
-    sizes = removable(params, list(choices), axes)
-    for name, widths in choices.items():
-        if list(widths) != sorted(set(widths)) or not widths or widths[0] < 1:
-            raise ValueError(f"axis {name!r}: increasing widths from 1 are due, not {widths}")
-        if widths[-1] != sizes[name]:
-            raise ValueError(
-                f"axis {name!r}: the full network has {sizes[name]} units, and the widths are "
-                f"{tuple(widths)}: it has to be among those that are trained"
-            )
-    low = np.zeros(len(choices), int)
-    high = np.array([len(widths) - 1 for widths in choices.values()], int)
+    groups = {(key,) if isinstance(key, str) else key: list(b) for key, b in choices.items()}
+    sizes = removable(params, [name for group in groups for name in group], axes)
+    for group, widths in groups.items():
+        if widths != sorted(set(widths)) or not widths or widths[0] < 1:
+            raise ValueError(f"axes {group}: increasing widths from 1 are due, not {widths}")
+        for name in group:
+            if widths[-1] != sizes[name]:
+                raise ValueError(
+                    f"axis {name!r}: the full network has {sizes[name]} units, and the widths are "
+                    f"{widths}: it has to be among those that are trained"
+                )
+    low = np.zeros(len(groups), int)
+    high = np.array([len(widths) - 1 for widths in groups.values()], int)
 
     def masks(vector):
-        each = enumerate(choices.items())
-        keep = {name: jnp.asarray(widths)[vector[i]] for i, (name, widths) in each}
-        return {name: jnp.arange(sizes[name]) < b for name, b in keep.items()}
+        out = {}
+        for i, (group, widths) in enumerate(groups.items()):
+            b = jnp.array(widths)[vector[i]]
+            out |= {name: jnp.arange(sizes[name]) < b for name in group}
+        return out
 
     return Space(low, high, lambda key: uniform(key, low, high), masks)
 

@@ -214,10 +214,10 @@ def entries(
       params: a tree of arrays, or of their shapes.
       unit_mask: a boolean vector by name of axis; known values.
       axes: the axes tree of params.
-      branches: as for `jaxkit.masks.subnet`.
+      branches: as for `jaxkit.masks.nested.subnet`.
 
     Raises:
-      ValueError, TypeError: as for `jaxkit.masks.subnet`.
+      ValueError, TypeError: as for `jaxkit.masks.nested.subnet`.
 
     >>> params = {"w": jnp.ones((2, 3)), "v": jnp.ones((3, 2))}
     >>> axes = {"w": (None, "a"), "v": ("a", None)}
@@ -374,8 +374,7 @@ def random_search(key: PRNGKeyArray, space: Space, objective: Objective, n: int)
     (5, 2)
     """
     tree.check_key(key)
-    propose = jax.jit(space.draw)
-    return _search(key, space, objective, n, lambda key, vectors, points: propose(key))
+    return _search(key, space, objective, n, lambda key, vectors, points: space.draw(key))
 
 
 def local_search(
@@ -403,24 +402,36 @@ def local_search(
     True
     """
     tree.check_key(key)
-    change = jax.jit(lambda key, vector: mutate(key, space, vector))
 
     def propose(key, vectors, points):
-        if not vectors:
-            return space.draw(key) if start is None else start
         member, number = jax.random.split(key)
-        (front,) = np.nonzero(np.asarray(pareto(np.array(points))))
-        return change(number, vectors[int(jax.random.choice(member, front))])
+        row = jax.random.categorical(member, jnp.log(pareto(points)))
+        return mutate(number, space, vectors[row])
 
-    return _search(key, space, objective, n, propose)
+    return _search(key, space, objective, n, propose, start)
 
 
-def _search(key: PRNGKeyArray, space: Space, objective: Objective, n: int, propose) -> Found:
+def _search(
+    key: PRNGKeyArray,
+    space: Space,
+    objective: Objective,
+    n: int,
+    propose: Callable[[PRNGKeyArray, Array, Array], Array],
+    start: Any = None,
+) -> Found:
+    """Evaluate what `propose` makes of all rows so far; the rows to come are infinite points."""
     if n < 1:
         raise ValueError(f"n={n}: at least one evaluation is due")
-    vectors: list[np.ndarray] = []
-    points: list[list[float]] = []
-    for k in jax.random.split(key, n):
-        vectors.append(np.asarray(propose(k, vectors, points)))
-        points.append([float(value) for value in objective(space.masks(jnp.asarray(vectors[-1])))])
-    return Found(np.array(vectors), np.array(points), np.asarray(pareto(np.array(points))))
+    keys = jax.random.split(key, n)
+    first = jax.jit(space.draw)(keys[0]) if start is None else start
+    vectors = np.tile(np.asarray(first), (n, 1))
+    masks, propose = jax.jit(space.masks), jax.jit(propose)
+    points = np.zeros((n, 0))
+    for i in range(n):
+        if i:
+            vectors[i] = propose(keys[i], vectors, points)
+        values = [float(value) for value in objective(masks(vectors[i]))]
+        if not i:
+            points = np.full((n, len(values)), np.inf)
+        points[i] = values
+    return Found(vectors, points, np.asarray(pareto(points)))
