@@ -22,6 +22,7 @@ from jaxkit.masks.graft import graft, most_moved, overlap
 from jaxkit.masks.graph import Layered, layered, recurrent
 from jaxkit.masks.greedy import Greedy, Visit, greedy_removal, hard_attention
 from jaxkit.masks.isoflop import IsoFlop, doped, factorized, folded_decay, parallel, wide
+from jaxkit.masks.layers import layer_mask, layer_scores, layer_tickets, residual_blocks
 from jaxkit.masks.memcontrol import memcontrol, memorization, switch
 from jaxkit.masks.pack import pack, unpack
 from jaxkit.masks.partition import Partition, canvas, early_bird, partition, partition_distance
@@ -123,6 +124,9 @@ __all__ = [
     "hrank",
     "hyperplanes",
     "iterative",
+    "layer_mask",
+    "layer_scores",
+    "layer_tickets",
     "layered",
     "lt_sft",
     "magnitude",
@@ -152,6 +156,7 @@ __all__ = [
     "remember",
     "report",
     "rescale",
+    "residual_blocks",
     "revert",
     "rigl",
     "route",
