@@ -67,7 +67,8 @@ def synflow(apply_fn: Callable[..., Any], params: PyTree, inputs: Any, *args: An
 
 def _check_finite(scores: PyTree) -> None:
     for path, s in tree.chosen(scores, every(scores)).items():
-        if tree.concrete(s) and not bool(jnp.isfinite(s).all()):
+        finite = jnp.isfinite(s).all()
+        if tree.concrete(finite) and not finite:
             raise ValueError(
                 f"the scores of {path!r} are not finite: the flow through the network overflows; "
                 "scale the params down, or take float64"

@@ -73,7 +73,8 @@ def rescale(
         outs, batch = ({a % w.ndim for a in axes} for axes in named)
         rest = tuple(a for a in range(w.ndim) if a not in batch)
         energy = jnp.sum(jnp.square(tree.float32(jnp.abs(w))), rest, keepdims=True)
-        if w.size and tree.concrete(energy) and not bool((energy > 0).all()):
+        empty = jnp.any(energy == 0)
+        if w.size and tree.concrete(empty) and empty:
             raise ValueError(f"{path!r}: nothing of this kernel is left, so no factor rescales it")
         outputs = math.prod(w.shape[a] for a in outs)
         # fan_in * mean is the sum over outputs
@@ -121,7 +122,8 @@ def sketch(
         )
     if draws < 1:
         raise ValueError(f"draws is {draws}, and at least one is due")
-    if tree.concrete(scores) and (bool((scores < 0).any()) or not bool((scores > 0).any())):
+    unfit = jnp.any(scores < 0) | ~jnp.any(scores > 0)
+    if tree.concrete(unfit) and unfit:
         raise ValueError("scores are probabilities: none may be negative, and one must be positive")
     p = scores / jnp.sum(scores)
     drawn = jax.random.choice(key, p.size, (draws,), p=p)

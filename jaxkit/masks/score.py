@@ -130,7 +130,8 @@ def gumbel(key: PRNGKeyArray, scores: PyTree, temperature: float | Array = 1.0) 
 
     def perturb(path, s, k):
         s = tree.float32(s)
-        if tree.concrete(s) and bool((s < 0).any()):
+        negative = (s < 0).any()
+        if tree.concrete(negative) and negative:
             raise ValueError(
                 f"{path!r} holds negative scores, which are no probabilities; "
                 "take scores that are at least 0 (magnitude, snip, synflow)"

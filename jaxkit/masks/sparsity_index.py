@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxkit import tree
@@ -21,7 +22,8 @@ def _norms(
     """Return by group (d, sum |w|^p, sum |w|^q), |w| over the group's largest, and the choice."""
     if scope not in _SCOPES:
         raise ValueError(f"scope={scope!r}, and one of {_SCOPES} is due")
-    if tree.concrete(p, q) and not 0 < p < q:
+    ordered = lambda p, q: np.all((np.asarray(p) > 0) & (np.asarray(p) < np.asarray(q)))
+    if tree.concrete(p, q) and not ordered(p, q):
         raise ValueError(f"p={p} and q={q}: 0 < p < q is due")
     if mask is not None:
         tree.check_like(params, mask, "mask")
@@ -150,7 +152,7 @@ def sap_fraction(
     >>> float(fraction["kernel"])
     0.5
     """
-    if tree.concrete(beta) and not 0 <= beta < 1:
+    if tree.concrete(beta) and not np.all((np.asarray(beta) >= 0) & (np.asarray(beta) < 1)):
         raise ValueError(f"beta={beta}: a share in [0, 1) is due, or everything could go at once")
     found, where = _norms(params, mask, p, q, scope, where)
 

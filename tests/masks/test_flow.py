@@ -115,8 +115,8 @@ def tree_of(key, widths):
     }
 
 
-def test_no_layer_collapses_where_one_shot_scores_empty_layers():
-    """Down to a few weights: the wide layer is emptied first by all but the conserved score."""
+def test_no_layer_collapses_where_one_shot_scores_cut_the_network():
+    """A path is left down to four weights, where the others leave none of twenty."""
     params = tree_of(jax.random.key(0), (16, 96, 96, 96, 8))
     x = jax.random.normal(jax.random.key(1), (32, 16))
     labels = jnp.argmax(x[:, :8], 1)
@@ -139,11 +139,12 @@ def test_no_layer_collapses_where_one_shot_scores_empty_layers():
         assert sum(int(m.sum()) for m in mask.values()) == keep
         connected, thinnest = alive(mask)
         assert connected and thinnest >= 1, keep
-    for name, scores in one_shot.items():
-        connected, _ = alive(masks.topk(scores, keep=20))
-        assert not connected, name
     # maximal critical compression: four weights are one path
     np.testing.assert_array_equal([int(m.sum()) for m in mask.values()], [1, 1, 1, 1])
+    for name, scores in one_shot.items():
+        connected, thinnest = alive(masks.topk(scores, keep=20))
+        assert not connected, name
+        assert (thinnest == 0) == (name != "snip")  # which leaves all layers some, but no path
 
 
 def test_rounds_nest_fall_by_equal_shares_and_end_exactly():
