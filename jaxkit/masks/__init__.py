@@ -28,6 +28,7 @@ from jaxkit.masks.pack import pack, unpack
 from jaxkit.masks.partition import Partition, canvas, early_bird, partition, partition_distance
 from jaxkit.masks.patch import Entries, Patch, compose, difference, fingerprint, revert
 from jaxkit.masks.patterns import bernoulli, blocks, n_of_m, sample, threshold
+from jaxkit.masks.random_search import Found, random_search, random_units
 from jaxkit.masks.report import Report, report
 from jaxkit.masks.rescale import rescale, sketch
 from jaxkit.masks.scaling import Law, fit_law, transformer_flops
@@ -63,6 +64,7 @@ from jaxkit.masks.unit_scores import (
 __all__ = [
     "ConstrainState",
     "Entries",
+    "Found",
     "Greedy",
     "IsoFlop",
     "Law",
@@ -148,6 +150,8 @@ __all__ = [
     "prune_in_rounds",
     "pyramidal",
     "random",
+    "random_search",
+    "random_units",
     "ratios",
     "recall",
     "recurrent",
