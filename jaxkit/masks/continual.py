@@ -185,7 +185,7 @@ def remember(
     tree.check_like(store, mask, "mask")
     bits = _own(store, own)
     kept = {p: w for p, w in tree.flatten(params).items() if bits[p]}
-    put = lambda s, w, m: jnp.where(m, w, s) if tree.is_array(s) else s
+    put = lambda s, w, m: jnp.where(m, w, s) if tree.is_inexact(s) else s
     mark = lambda path, u, m: u if bits[path] else u | m
     used = jax.tree.map(mark, tree.paths(used), used, mask)
     return jax.tree.map(put, store, params, mask), used, Task(mask, kept)

@@ -18,7 +18,7 @@ def graft(params: PyTree, tuned: PyTree, mask: Mask) -> PyTree:
     """Put a fine-tuned model's entries into another one: where(mask, w_ft, w_pre), to the bit.
 
     The graft of several tasks is that of the union of their masks, one after the other. Leaves that
-    are not arrays are those of `params`.
+    are not inexact arrays are those of `params`.
 
     Args:
       params: the pretrained params.
@@ -41,9 +41,9 @@ def graft(params: PyTree, tuned: PyTree, mask: Mask) -> PyTree:
     tree.check_like(params, mask, "mask")
     other = tree.flatten(tuned)
     for path, w in tree.flatten(params).items():
-        if tree.is_array(w) and w.dtype != other[path].dtype:
+        if tree.is_inexact(w) and w.dtype != other[path].dtype:
             raise TypeError(f"{path!r} is {w.dtype} here and {other[path].dtype} in the other tree")
-    put = lambda w, v, m: jnp.where(m, v, w) if tree.is_array(w) else w
+    put = lambda w, v, m: jnp.where(m, v, w) if tree.is_inexact(w) else w
     return jax.tree.map(put, params, tuned, mask)
 
 

@@ -84,6 +84,7 @@ def difference(
             kept[path] = jnp.array(new)
             continue
         delta = np.asarray(tree.float32(new)) - np.asarray(tree.float32(w))
+        delta = np.atleast_1d(delta)
         index = np.argwhere(np.abs(delta) > tolerance)
         if len(index):
             value = delta[tuple(index.T)]
@@ -160,11 +161,11 @@ def _add(params: PyTree, patches: tuple[Patch, ...], sign: float, whole: dict) -
         if path in whole:
             return whole[path].astype(w.dtype)
         found = [patch.entries[path] for patch in patches if path in patch.entries]
-        total = tree.float32(w) if found else w
+        total = jnp.atleast_1d(tree.float32(w)) if found else w
         for index, value in found:
-            if index.shape[1] != w.ndim:
+            if index.shape[1] != total.ndim:
                 raise ValueError(f"the patch has {index.shape[1]}-d indices at {path!r}")
             total = total.at[tuple(index.T)].add(sign * value, unique_indices=True)
-        return total.astype(w.dtype) if found else w
+        return total.reshape(w.shape).astype(w.dtype) if found else w
 
     return jax.tree.map(leaf, tree.paths(params), params)

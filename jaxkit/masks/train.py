@@ -178,8 +178,9 @@ def _masked(kind, outside, tx, mask, update, every, begin, end, key, memory):
         tree.check_key(key)
 
     def init(params):
-        first = mask(params) if callable(mask) and jax.tree.leaves(params) else mask
-        first = _fit(first, params)
+        # (a module of Equinox is callable, and a tree)
+        made = callable(mask) and jax.tree_util.all_leaves([mask])
+        first = _fit(mask(params) if made and jax.tree.leaves(params) else mask, params)
         seen = None if memory is None else memory.init(params, first)
         return kind(jnp.zeros((), jnp.int32), first, tx.init(params), key, seen)
 

@@ -40,9 +40,7 @@ def ece(
     if tree.concrete(probabilities):
         p = np.asarray(probabilities, np.float64)
         if p.size and (p.min() < -1e-3 or np.abs(p.sum(1) - 1).max() > 1e-2):
-            raise ValueError(
-                "rows of probabilities are due, which sum to 1; take softmax of logits"
-            )
+            raise ValueError("rows of probabilities are due, which sum to 1; softmax the logits")
     confidence = tree.float32(jnp.max(probabilities, axis=1))
     right = jnp.argmax(probabilities, axis=1) == labels
     bin_ = jnp.clip(jnp.ceil(confidence * bins).astype(int) - 1, 0, bins - 1)

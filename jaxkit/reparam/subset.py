@@ -40,17 +40,23 @@ def compact(mask: Mask) -> Reparam:
     """
     if not tree.concrete(mask):
         raise ValueError("the mask decides shapes: make it outside jit")
-    marks = {path: m for path, m in tree.flatten(mask).items() if tree.is_array(m)}
-    where = {path: np.nonzero(np.asarray(m)) for path, m in marks.items() if np.any(m)}
+    marks = {path: np.atleast_1d(m) for path, m in tree.flatten(mask).items() if tree.is_array(m)}
+    where = {path: np.nonzero(m) for path, m in marks.items() if m.any()}
 
     def init(key: PRNGKeyArray, params: PyTree) -> Theta:
         tree.check_like(params, mask, "mask")
-        leaves = tree.flatten(params)
-        return {path: leaves[path][i] for path, i in where.items() if tree.is_inexact(leaves[path])}
+        leaves = {path: w for path, w in tree.flatten(params).items() if tree.is_inexact(w)}
+        return {
+            path: jnp.atleast_1d(leaves[path])[i] for path, i in where.items() if path in leaves
+        }
 
     def apply(theta: Theta, params: PyTree) -> PyTree:
         leaves = matched(params, theta)
-        put = lambda w, i, v: w.at[i].set(v.astype(w.dtype), unique_indices=True)
+
+        def put(w, index, values):
+            new = jnp.atleast_1d(w).at[index].set(values.astype(w.dtype), unique_indices=True)
+            return new.reshape(w.shape)
+
         return install(params, {p: put(w, where[p], theta[p]) for p, w in leaves.items()})
 
     return Reparam(init, apply)

@@ -2,6 +2,7 @@
 
 import warnings
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -264,6 +265,49 @@ def test_constrain_changes_its_mask_by_a_rule():
         assert not np.asarray(mu)[~due].any()
         assert (np.asarray(w10) != np.asarray(w5))[due].all()
     assert sum(counts(small(params))) > sum(counts(mask)) > 0  # some had grown
+
+
+def test_a_mask_that_is_a_callable_tree():
+    """A module of Equinox is a tree and can be called; as a mask it is a tree."""
+    model = eqx.filter(eqx.nn.MLP(2, 3, 4, 1, key=KEY), eqx.is_array)
+    mask = masks.topk(masks.magnitude(model), sparsity=0.5)
+    assert callable(mask)
+    for tx in (masks.sparse(optax.adam(0.1), mask), masks.constrain(optax.adam(0.1), mask)):
+        _, state = tx.update(model, tx.init(model), model)
+        got = jax.tree.leaves(masks.current(state))
+        for a, b in zip(got, jax.tree.leaves(mask), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_rule_that_remembers():
+    """Memory is updated at every step, the rule asked at its own; both see the dense gradient."""
+    params, mask, loss_fn = problem()
+    count = lambda seen, mask, grads: (seen[0] + 1, jax.tree.map(jnp.add, seen[1], grads))
+    start = lambda params, mask: (jnp.int32(0), jax.tree.map(jnp.zeros_like, params))
+    asked = []
+
+    def rule(key, mask, params, grads, step, seen):
+        asked.append(seen)
+        growth = masks.magnitude(seen[1])
+        return masks.regrow(mask, masks.magnitude(params), growth, drop_rate=0.5)
+
+    tx = masks.sparse(
+        optax.sgd(0.1), mask, update=rule, begin=2, every=3, memory=masks.Memory(start, count)
+    )
+    begin = masks.apply(params, mask)
+    (_, state), history = train(tx, begin, loss_fn, 3)
+    grads = [jax.grad(loss_fn)(begin)]
+    grads += [jax.grad(loss_fn)(jax.tree.map(lambda w, t=t: w[t], history)) for t in (0, 1)]
+    total = jax.tree.map(lambda *g: sum(g), *grads)
+    assert state.memory[0] == 3 and len(asked) == 1  # traced once
+    for a, b in zip(*map(jax.tree.leaves, (state.memory[1], total)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+    before = jax.tree.map(lambda w: w[1], history)
+    want = masks.regrow(
+        mask, masks.magnitude(before), masks.magnitude(state.memory[1]), drop_rate=0.5
+    )
+    np.testing.assert_array_equal(state.mask["a"]["kernel"], want["a"]["kernel"])
+    assert (want["a"]["kernel"] != mask["a"]["kernel"]).any()
 
 
 def test_bad_input():
