@@ -15,6 +15,16 @@ from jaxkit.masks.allocate import (
 from jaxkit.masks.connect import connect, er_width
 from jaxkit.masks.continual import Task, Transfer, cl_dst, recall, remember, transfer
 from jaxkit.masks.dynamic import gradual, granet, grow, regrow, rigl, set, update_mask
+from jaxkit.masks.export import (
+    BlockSparse,
+    NOfM,
+    pack_blocks,
+    pack_n_of_m,
+    sparse_matmul,
+    to_bcoo,
+    to_bcsr,
+    to_dense,
+)
 from jaxkit.masks.finetune import hft, lt_sft, sara, sara_penalty, small
 from jaxkit.masks.flow import prune_in_rounds, synflow, synflow_mask
 from jaxkit.masks.gradient_dropout import gradient_dropout
@@ -62,6 +72,7 @@ from jaxkit.masks.unit_scores import (
 )
 
 __all__ = [
+    "BlockSparse",
     "ConstrainState",
     "Entries",
     "Found",
@@ -71,6 +82,7 @@ __all__ = [
     "Layered",
     "Mask",
     "Memory",
+    "NOfM",
     "Partition",
     "Patch",
     "Report",
@@ -141,6 +153,8 @@ __all__ = [
     "obd",
     "overlap",
     "pack",
+    "pack_blocks",
+    "pack_n_of_m",
     "parallel",
     "partition",
     "partition_distance",
@@ -175,6 +189,7 @@ __all__ = [
     "small",
     "snip",
     "sparse",
+    "sparse_matmul",
     "spline",
     "stability",
     "subnets",
@@ -185,6 +200,9 @@ __all__ = [
     "tempered",
     "threshold",
     "tickets",
+    "to_bcoo",
+    "to_bcsr",
+    "to_dense",
     "tokens",
     "topk",
     "transfer",

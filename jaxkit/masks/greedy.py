@@ -1,6 +1,6 @@
 """Remove what the loss does not miss: greedily, from coarse parts to fine ones."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -52,6 +52,7 @@ def greedy_removal(
     unit_mask: Mapping[str, Bool[Array, " units"]],
     decision_set: Any,
     *,
+    order: Sequence[str],
     parts: Mapping[str, int] | None = None,
     eps: float | None = None,
     errors: float = 0.0,
@@ -73,10 +74,12 @@ def greedy_removal(
 
     Args:
       losses_fn: ``losses_fn(unit_mask, decision_set) -> losses`` of the examples, whose mean
-        decides (or a scalar). With weights: the loss at ``apply(params, nested.subnet(params, unit_mask, axes,
-        branches=branches))``. Jit it: the masks always have the same shapes.
-      unit_mask: True for the units to start with, by name, from the first layer to the last.
+        decides (or a scalar). With weights: the loss at ``apply(params, nested.subnet(params,
+        unit_mask, axes, branches=branches))``. Jit it: the masks always have the same shapes.
+      unit_mask: True for the units to start with, by name.
       decision_set: held-out examples: neither those that trained nor those that will test.
+      order: the names to try, from the first layer to the last; the last is visited first. (The
+        order of a dict does not survive jax.)
       parts: into how many parts the units of an axis are divided, by name; default: an axis is
         removed whole or not at all. The number of heads of an attention, say.
       eps: the tolerated loss; None: only gains.
@@ -84,14 +87,14 @@ def greedy_removal(
         decision set some removal gains by chance.
 
     Raises:
-      ValueError: a name in `parts` that is none, fewer units than parts, or a loss at the start
-        that is not finite.
+      ValueError: a name in `order` or `parts` that is none, fewer units than parts, or a loss at
+        the start that is not finite.
       TypeError: a mask that is not boolean.
 
     >>> losses_fn = lambda u, harm: (u["a"] * harm["a"]).sum() + (u["b"] * harm["b"]).sum()
     >>> harm = {"a": jnp.array([-2.0, 1.0]), "b": jnp.array([1.0, 1.0])}
     >>> found = greedy_removal(losses_fn, jax.tree.map(lambda h: h > -9, harm), harm,
-    ...                        parts={"a": 2, "b": 2})
+    ...                        order=["a", "b"], parts={"a": 2, "b": 2})
     >>> {name: mask.tolist() for name, mask in found.unit_mask.items()}
     {'a': [True, False], 'b': [False, False]}
     >>> [(visit.name, visit.units, visit.removed) for visit in found.visits]
@@ -105,9 +108,11 @@ def greedy_removal(
     for name, mask in unit_mask.items():
         if np.asarray(mask).dtype != bool:
             raise TypeError(f"axis {name!r}: the mask is {np.asarray(mask).dtype}, not bool")
+    for what, names in (("order", order), ("parts", parts)):
+        for name in names:
+            if name not in unit_mask:
+                raise ValueError(f"{what}: there is no {name!r} among {list(unit_mask)}")
     for name, n in parts.items():
-        if name not in unit_mask:
-            raise ValueError(f"parts: there is no {name!r} among {list(unit_mask)}")
         if not 1 <= n <= len(unit_mask[name]):
             raise ValueError(f"axis {name!r}: {len(unit_mask[name])} units make no {n} parts")
     masks = {name: np.array(mask) for name, mask in unit_mask.items()}
@@ -135,10 +140,10 @@ def greedy_removal(
             Visit(name, tuple(map(int, units)), float(losses.mean()), gain, error, removed)
         )
 
-    for name in reversed(masks):
+    for name in reversed(order):
         if masks[name].any():
             visit(name, np.flatnonzero(masks[name]))
-    for name in reversed(masks):
+    for name in reversed(order):
         for group in np.array_split(np.arange(len(masks[name])), parts.get(name, 1)):
             units = group[masks[name][group]]
             if 0 < len(units) < masks[name].sum():

@@ -89,12 +89,13 @@ def activity(
 
     Args:
       h: activations after the nonlinearity.
-      threshold: count |h| > threshold. Needed for functions without exact zeros (GELU, SiLU).
+      threshold: count |h| > threshold. Needed for anything but ReLU: GELU and SiLU have no exact
+        zeros but where they underflow; 0 is right for the product of a gated ReLU.
       where: True for the tokens that count; False for padding.
 
     Raises:
-      ValueError: (eagerly) activations without one exact zero, and no threshold; under jit the
-        result is then 1. No token that counts.
+      ValueError: (eagerly) no threshold, and activations without one exact zero or with negative
+        ones; no token that counts.
 
     >>> activity(jax.nn.relu(jnp.array([[1.0, -1.0], [2.0, 3.0]])))
     Array(0.75, dtype=float32)
@@ -106,10 +107,11 @@ def activity(
     if tree.concrete(active, counted):
         if not counted.any():
             raise ValueError("no token counts")
-        if threshold is None and active.size and active.all():
+        if threshold is None and active.size and (active.all() or (h < 0).any()):
+            what = "none is exactly zero" if active.all() else "some are negative"
             raise ValueError(
-                "none of the activations is exactly zero: their function is not ReLU, or the leaf "
-                "is not read after it; give a threshold"
+                f"these are not activations of ReLU: {what}; give a threshold (0 counts what is "
+                "not exactly zero)"
             )
     return jnp.mean(active, where=counted[..., None], dtype=jnp.float32)
 
