@@ -1,0 +1,390 @@
+"""Differentially private gradients: clip each example's, sum, add noise; and the accounts.
+
+Per-example gradients are never formed for the kernels of dense layers: the norm of x' dy is
+computed from x and dy while the backward pass goes by (ghost clipping), and a second backward pass
+of the losses, each times its clipping factor, gives the sum.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
+
+from jaxkit import trace, tree
+
+__all__ = [
+    "Lot",
+    "clipped_sum",
+    "dp_epsilon",
+    "dp_gradient",
+    "dp_noise_multiplier",
+    "dp_steps",
+    "example_norms",
+    "poisson_lot",
+]
+
+Loss = Callable[[PyTree, Any], Array]
+
+
+# --------------------------------------------------------------------------- per-example norms
+
+
+def example_norms(
+    loss_fn: Loss, params: PyTree, batch: Any, *, chunk: int | None = None
+) -> Float[Array, " batch"]:
+    """Return the L2 norm of every example's gradient over all float leaves together, in float32.
+
+    Dense kernels that are used once cost no gradient of their shape: with x the inputs (positions,
+    in) of an example and d the gradients at the outputs (positions, out),
+    |x' d|^2 = sum_ts (x_t . x_s) (d_t . d_s). What else there is (biases, norms, convolutions,
+    embeddings, what is used twice or inside a scan) has its gradient formed example by example.
+
+    Args:
+      loss_fn: ``loss_fn(params, example) -> scalar`` of one example, without a batch axis. A model
+        that mixes examples (BatchNorm) has no gradient of one example.
+      params: any tree.
+      batch: examples along the leading axis of every leaf.
+      chunk: so many examples at a time (it divides the batch), to hold less memory; None: all.
+
+    Reference: I. Goodfellow, "Efficient Per-Example Gradient Computations", arXiv:1510.01799;
+    X. Li, F. Tramèr, P. Liang, T. Hashimoto, "Large Language Models Can Be Strong Differentially
+    Private Learners", arXiv:2110.05679.
+
+    >>> loss = lambda params, x: jnp.sum(x @ params["kernel"])
+    >>> x = jnp.array([[3.0, 4.0], [0.0, 1.0]])
+    >>> example_norms(loss, {"kernel": jnp.ones((2, 4))}, x).tolist()
+    [10.0, 2.0]
+    """
+    example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
+    ghosts = _ghosts(loss_fn, params, example)
+    own = tree.flatten(params)
+    direct = {p: w for p, w in own.items() if tree.is_inexact(w) and p not in ghosts}
+    structure = jax.tree.structure(params)
+
+    def squared(example: Any) -> Array:
+        def loss(direct: dict, taps: dict) -> Array:
+            full = jax.tree.unflatten(structure, [direct.get(p, w) for p, w in own.items()])
+            ops = {path: (_ghost, z) for path, z in taps.items()}
+            return trace.replay(loss_fn, ops)(full, example) if ops else loss_fn(full, example)
+
+        zeros = dict.fromkeys(ghosts, jnp.zeros(()))
+        grads, norms = jax.grad(loss, argnums=(0, 1))(direct, zeros)
+        squares = [jnp.sum(jnp.abs(tree.float32(g)) ** 2) for g in grads.values()]
+        return sum([*squares, *norms.values()], jnp.zeros(()))
+
+    return jnp.sqrt(_in_chunks(jax.vmap(squared), batch, chunk))
+
+
+def _in_chunks(fn: Callable[[Any], Any], batch: Any, chunk: int | None) -> Any:
+    n = len(jax.tree.leaves(batch)[0])
+    if chunk is None or chunk >= n:
+        return fn(batch)
+    if n % chunk:
+        raise ValueError(f"chunk={chunk} does not divide the batch of {n}")
+    split = jax.tree.map(lambda x: x.reshape(n // chunk, chunk, *x.shape[1:]), batch)
+    out = jax.lax.map(fn, split)
+    return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), out)
+
+
+def _ghosts(loss_fn: Loss, params: PyTree, example: Any) -> list[str]:
+    """Return the paths of dense kernels whose norm is cheaper without their gradient."""
+    taps = jax.eval_shape(lambda p, e: trace.taps(loss_fn)(p, e)[1], params, example)
+    seen: dict[str, list] = {}
+
+    def look(path: str) -> Callable[..., Any]:
+        def fn(op: trace.Op, x: Array, w: Array) -> Array:
+            axes = zip(op.x_axes, op.y_axes, strict=True)
+            both = any(a is not None and b is not None for a, b in axes)
+            plain = op.primitive == "dot_general" and not op.step and not both
+            positions = x.size // max(1, _consumed(op, w))
+            cheap = 2 * positions**2 <= w.size
+            seen.setdefault(path, []).append(plain and cheap)
+            return op.run(x, w)
+
+        return fn
+
+    for path in taps:
+        replayed = trace.replay(loss_fn, {path: look(path)})
+        try:
+            jax.eval_shape(replayed, params, example)
+        except ValueError:  # an operation that cannot be replaced
+            seen[path] = [False]
+    return [path for path, found in seen.items() if found == [True]]
+
+
+def _consumed(op: trace.Op, w: Array) -> int:
+    return int(np.prod([n for n, axis in zip(w.shape, op.x_axes, strict=True) if axis is not None]))
+
+
+def _ghost(op: trace.Op, x: Array, w: Array, z: Array) -> Array:
+    """Run the operation; the gradient of z is the squared norm of that of w."""
+
+    @jax.custom_vjp
+    def run(x: Array, w: Array, z: Array) -> Array:
+        return op.run(x, w)
+
+    def forward(x: Array, w: Array, z: Array) -> tuple[Array, tuple[Array, Array]]:
+        return op.run(x, w), (x, w)
+
+    def backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array, Array]:
+        x, w = kept
+        dx = jax.vjp(lambda x: op.run(x, w), x)[1](dy)[0]
+        rows = _positions(tree.float32(x), op.x_axes)
+        errors = _positions(tree.float32(dy), op.y_axes)
+        norm = jnp.sum((rows @ rows.T) * (errors @ errors.T))
+        return dx, jnp.zeros_like(w), norm.astype(z.dtype)
+
+    run.defvjp(forward, backward)
+    return run(x, w, z)
+
+
+def _positions(x: Array, axes: tuple[int | None, ...]) -> Float[Array, "positions size"]:
+    """Bring the axes that the leaf contracts (or produces) to the end, and flatten both parts."""
+    own = [a % x.ndim for a in axes if a is not None]
+    rest = [a for a in range(x.ndim) if a not in own]
+    moved = jnp.transpose(x, [*rest, *own])
+    return moved.reshape(int(np.prod([x.shape[a] for a in rest])), -1)
+
+
+# ------------------------------------------------------------------------------------ gradients
+
+
+def clipped_sum(
+    loss_fn: Loss,
+    params: PyTree,
+    batch: Any,
+    *,
+    clip: float | Array,
+    mask: Bool[Array, " batch"] | None = None,
+    chunk: int | None = None,
+    axis_name: str | None = None,
+) -> PyTree:
+    """Return sum_i g_i min(1, C / |g_i|) over the examples, in float32 or wider.
+
+    Norms are over all leaves together and in float32 whatever the dtype of the leaves is, so that
+    each summand's norm is at most C: replacing one example moves the sum by 2 C at most, leaving
+    one out by C. See `example_norms` for the arguments and for what it costs.
+
+    Args:
+      clip: C; inf clips nothing.
+      mask: examples to count (`poisson_lot` pads); default: all.
+      axis_name: sum over this axis of pmap or shard_map as well.
+
+    >>> loss = lambda params, x: jnp.sum(x @ params["kernel"])
+    >>> x = jnp.array([[3.0, 4.0], [0.0, 0.5]])
+    >>> total = clipped_sum(loss, {"kernel": jnp.ones((2, 1))}, x, clip=1.0)["kernel"]
+    >>> bool(jnp.allclose(total, jnp.array([[0.6], [0.8 + 0.5]])))
+    True
+    """
+    norms = example_norms(loss_fn, params, batch, chunk=chunk)
+    factors = jnp.minimum(1.0, clip / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))
+    if mask is not None:
+        factors = jnp.where(mask, factors, 0.0)
+    leaves, structure = jax.tree.flatten(params)
+    floats = [tree.float32(w) if tree.is_inexact(w) else None for w in leaves]
+
+    def total(floats: list, batch: Any, factors: Array) -> Array:
+        pairs = zip(leaves, floats, strict=True)
+        full = [w if f is None else f.astype(w.dtype) for w, f in pairs]
+        losses = jax.vmap(loss_fn, in_axes=(None, 0))(jax.tree.unflatten(structure, full), batch)
+        return jnp.sum(factors * losses.astype(factors.dtype))
+
+    if chunk is None or chunk >= len(factors):
+        grads = jax.grad(total)(floats, batch, factors)
+    else:
+        cut = lambda x: x.reshape(-1, chunk, *x.shape[1:])
+        parts = (jax.tree.map(cut, batch), cut(factors))
+        add = lambda t, part: (jax.tree.map(jnp.add, t, jax.grad(total)(floats, *part)), None)
+        grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, floats), parts)
+    if axis_name is not None:
+        grads = jax.lax.psum(grads, axis_name)
+    out = [jnp.zeros_like(w) if g is None else g for w, g in zip(leaves, grads, strict=True)]
+    return jax.tree.unflatten(structure, out)
+
+
+def dp_gradient(
+    key: PRNGKeyArray,
+    loss_fn: Loss,
+    params: PyTree,
+    batch: Any,
+    *,
+    clip: float | Array,
+    noise_multiplier: float | Array,
+    lot_size: float | Array,
+    mask: Bool[Array, " batch"] | None = None,
+    chunk: int | None = None,
+    axis_name: str | None = None,
+) -> PyTree:
+    """Return the gradient of DP-SGD: (sum_i g_i min(1, C / |g_i|) + N(0, (sigma C)^2 I)) / L.
+
+    Hand it to any optimizer, without another division, and do not accumulate several of them into
+    one update: each has its own noise. The guarantee (`dp_epsilon`) is for lots that each example
+    joins with probability L / N independently (`poisson_lot`), not for shuffled epochs.
+
+    Args:
+      key: a typed key, another one at each step and the same on all devices.
+      loss_fn, params, batch, chunk: as for `example_norms`.
+      clip: C.
+      noise_multiplier: sigma.
+      lot_size: L, the expected number of examples in a lot, not the number that came.
+      mask, axis_name: as for `clipped_sum`.
+
+    Returns:
+      A tree like params, in the dtypes of its leaves.
+
+    Raises:
+      ValueError: a clip or a lot size that is not above 0, a negative noise multiplier.
+      TypeError: a legacy uint32 key.
+
+    Reference: M. Abadi et al., "Deep Learning with Differential Privacy", arXiv:1607.00133.
+
+    >>> loss = lambda params, x: jnp.sum(x @ params["kernel"])
+    >>> args = (loss, {"kernel": jnp.ones((2, 1))}, jnp.array([[3.0, 4.0], [0.0, 0.5]]))
+    >>> options = {"clip": 1.0, "noise_multiplier": 0.0, "lot_size": 2}
+    >>> grads = dp_gradient(jax.random.key(0), *args, **options)["kernel"]
+    >>> bool(jnp.allclose(grads, jnp.array([[0.6], [0.8 + 0.5]]) / 2))
+    True
+    """
+    for name, value, least in (("clip", clip, 0), ("lot_size", lot_size, 0)):
+        if isinstance(value, int | float) and not value > least:
+            raise ValueError(f"{name}={value}, and a number above {least} was due")
+    if isinstance(noise_multiplier, int | float) and noise_multiplier < 0:
+        raise ValueError(f"noise_multiplier={noise_multiplier}, and a number of at least 0 was due")
+    grads = clipped_sum(
+        loss_fn, params, batch, clip=clip, mask=mask, chunk=chunk, axis_name=axis_name
+    )
+    keys = tree.keys(key, params, "jaxkit.optim.dp_gradient")
+    # infinite clipping bounds nothing, and only without noise does that mean something
+    std = jnp.where(jnp.asarray(noise_multiplier) == 0, 0.0, noise_multiplier * jnp.float32(clip))
+
+    def noisy(g: Any, w: Any, k: PRNGKeyArray) -> Any:
+        if not tree.is_inexact(w):
+            return g
+        noise = std * jax.random.normal(k, g.shape, g.dtype)
+        return ((g + noise) / lot_size).astype(w.dtype)
+
+    return jax.tree.map(noisy, grads, params, keys)
+
+
+class Lot(NamedTuple):
+    """Which examples are in a lot: their indices, padded, and which of them count."""
+
+    index: Int[Array, " size"]
+    mask: Bool[Array, " size"]
+
+
+def poisson_lot(
+    key: PRNGKeyArray, num_data: int, rate: float | Array, size: int | None = None
+) -> Lot:
+    """Draw a lot that every example joins with probability `rate`, independently.
+
+    Args:
+      key: a typed key.
+      num_data: N.
+      rate: q = L / N.
+      size: the static length of the result; by default q N plus six standard deviations, which is
+        exceeded once in 1e9 draws (`rate` must be a Python number then). What exceeds it is left
+        out.
+
+    Raises:
+      ValueError: a rate outside [0, 1].
+
+    >>> lot = poisson_lot(jax.random.key(0), 1000, 0.1)
+    >>> lot.index.shape, 60 < int(lot.mask.sum()) < 140
+    ((157,), True)
+    """
+    tree.check_key(key)
+    if isinstance(rate, int | float) and not 0 <= rate <= 1:
+        raise ValueError(f"rate={rate}, and a probability was due")
+    if size is None:
+        mean = float(rate) * num_data
+        size = min(num_data, int(np.ceil(mean + 6 * np.sqrt(mean * (1 - float(rate))))))
+    joins = jax.random.bernoulli(key, rate, (num_data,))
+    index = jnp.nonzero(joins, size=size, fill_value=num_data)[0]
+    mask = index < num_data
+    return Lot(jnp.where(mask, index, 0), mask)
+
+
+# ------------------------------------------------------------------------------------- accounts
+
+
+def _accountant(rate: float, noise_multiplier: float, steps: int) -> Any:
+    try:
+        import dp_accounting
+        from dp_accounting import rdp
+    except ImportError:
+        raise ImportError(
+            "privacy is accounted for by the package dp-accounting: pip install 'jaxkit[privacy]'"
+        ) from None
+    event = dp_accounting.GaussianDpEvent(noise_multiplier)
+    event = dp_accounting.PoissonSampledDpEvent(rate, event)
+    accountant = rdp.RdpAccountant()
+    return accountant.compose(dp_accounting.SelfComposedDpEvent(event, steps))
+
+
+def dp_epsilon(*, rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
+    """Return the epsilon that DP-SGD has spent at `delta`, by its Rényi divergences.
+
+    Args:
+      rate: q = L / N, with which each example joins a lot.
+      noise_multiplier: sigma.
+      steps: lots so far.
+      delta: below 1 / N.
+
+    Raises:
+      ImportError: without the package dp-accounting.
+
+    Reference: M. Abadi et al., arXiv:1607.00133; I. Mironov, K. Talwar, L. Zhang, "Rényi
+    Differential Privacy of the Sampled Gaussian Mechanism", arXiv:1908.10530.
+    """
+    if steps == 0:
+        return 0.0
+    return float(_accountant(rate, noise_multiplier, steps).get_epsilon(delta))
+
+
+def dp_steps(*, epsilon: float, rate: float, noise_multiplier: float, delta: float) -> int:
+    """Return how many steps a budget of epsilon at delta allows.
+
+    Raises:
+      ValueError: not even one: the budget is spent by the first step.
+      ImportError: without the package dp-accounting.
+    """
+    spent = lambda steps: dp_epsilon(
+        rate=rate, noise_multiplier=noise_multiplier, steps=steps, delta=delta
+    )
+    if spent(1) > epsilon:
+        raise ValueError(
+            f"a budget of epsilon={epsilon} is already spent by one step, which takes "
+            f"{spent(1):.4g}"
+        )
+    high = 2
+    while spent(high) <= epsilon and high < 2**40:
+        high *= 2
+    low = high // 2
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if spent(middle) <= epsilon else (low, middle)
+    return low
+
+
+def dp_noise_multiplier(*, epsilon: float, rate: float, steps: int, delta: float) -> float:
+    """Return the least noise multiplier (to 1e-4) with which `steps` steps spend at most epsilon.
+
+    Raises:
+      ValueError: a budget that is not above 0.
+      ImportError: without the package dp-accounting.
+    """
+    if not epsilon > 0:
+        raise ValueError(f"a budget of epsilon={epsilon} is spent before the first step")
+    spent = lambda sigma: dp_epsilon(rate=rate, noise_multiplier=sigma, steps=steps, delta=delta)
+    high = 1.0
+    while spent(high) > epsilon:
+        high *= 2
+    low = high / 2 if high > 1 else 0.05
+    while high - low > 1e-4:
+        middle = (low + high) / 2
+        low, high = (low, middle) if spent(middle) <= epsilon else (middle, high)
+    return high
