@@ -66,7 +66,8 @@ def combine(
     c = c.reshape(c.shape + (1,) * (stack.ndim - c.ndim))
     if normalize:
         total = c.sum(0, keepdims=True)
-        c = jnp.where(total == 0, 0, c / jnp.where(total == 0, 1, total))
+        share = jnp.where(c == total, 1, c / jnp.where(total == 0, 1, total))  # one alone: exactly
+        c = jnp.where(total == 0, 0, share)
     return (c * stack).sum(0)
 
 
