@@ -109,12 +109,10 @@ def random_search(
         raise ValueError(f"draws={draws}, and at least one was due")
     tree.check_key(key)
 
-    def draw(i):
-        return random_units(jax.random.fold_in(key, i), params, axes, sparsity)
+    def one(i):
+        keep = random_units(jax.random.fold_in(key, i), params, axes, sparsity)
+        return keep, loss_fn(keep_where(units(params, keep, axes), params), batch)
 
-    def loss(i):
-        return loss_fn(keep_where(units(params, draw(i), axes), params), batch)
-
-    losses = jax.lax.map(loss, jnp.arange(draws), batch_size=min(together, draws))
+    keeps, losses = jax.lax.map(one, jnp.arange(draws), batch_size=min(together, draws))
     best = jnp.argmin(losses)
-    return Found(draw(best), losses, best)
+    return Found(jax.tree.map(lambda k: k[best], keeps), losses, best)
