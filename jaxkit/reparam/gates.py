@@ -187,8 +187,8 @@ def gate_units(
 
     At the end ``masks.shrink(params, {a: s > 0 for a, s in scores.items()}, axes)``. (The cost is
     that of the hard gates: of the soft ones, units that are never drawn would take a share. Under
-    jit the shapes are fixed and closed units cost what open ones do: to save in training, `shrink` by
-    `opened` each epoch, and compile anew.) A layer's gate is that of the leaf that ends its branch.
+    jit the shapes are fixed and closed units cost what open ones do: to save in training, `shrink`
+    by `opened` each epoch, and compile anew.)
 
     Args:
       params: a tree of arrays.
