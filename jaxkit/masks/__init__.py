@@ -39,6 +39,7 @@ from jaxkit.masks.partition import Partition, canvas, early_bird, partition, par
 from jaxkit.masks.patch import Entries, Patch, compose, difference, fingerprint, revert
 from jaxkit.masks.patterns import bernoulli, blocks, n_of_m, sample, threshold
 from jaxkit.masks.random_search import Found, random_search, random_units
+from jaxkit.masks.reach import Effective, effective
 from jaxkit.masks.report import Report, report
 from jaxkit.masks.rescale import rescale, sketch
 from jaxkit.masks.scaling import Law, fit_law, transformer_flops
@@ -74,6 +75,7 @@ from jaxkit.masks.unit_scores import (
 __all__ = [
     "BlockSparse",
     "ConstrainState",
+    "Effective",
     "Entries",
     "Found",
     "Greedy",
@@ -112,6 +114,7 @@ __all__ = [
     "difference",
     "doped",
     "early_bird",
+    "effective",
     "er",
     "er_width",
     "erk",
