@@ -120,7 +120,8 @@ def gumbel(key: PRNGKeyArray, scores: PyTree, temperature: float | Array = 1.0) 
       TypeError: a legacy uint32 key.
 
     Reference: T. Vieira, "Gumbel-max trick and weighted reservoir sampling" (2014); W. Kool, H. van
-    Hoof, M. Welling, "Stochastic Beams and Where to Find Them", arXiv:1903.06059.
+    Hoof, M. Welling, "Stochastic Beams and Where to Find Them: The Gumbel-Top-k Trick for Sampling
+    Sequences Without Replacement", arXiv:1903.06059.
 
     >>> scores = gumbel(jax.random.key(0), {"w": jnp.array([[3.0, 1.0, 0.0]])})
     >>> scores["w"].shape, scores["w"][0, 2].item()

@@ -39,6 +39,8 @@ def test_every_kernel_has_the_variance_of_the_edge():
     np.testing.assert_allclose(16 * np.mean(np.square(got["heads"])), 1.5, rtol=1e-5)
     got = masks.rescale(params, mask, where="stack", batch_axis=0)["stack"]
     np.testing.assert_allclose(16 * np.mean(np.square(got), (1, 2)), [2, 2, 2], rtol=1e-5)
+    twice = masks.rescale({"stack": got}, {"stack": mask["stack"]}, batch_axis=0)["stack"]
+    np.testing.assert_allclose(twice, got, rtol=1e-5)  # once and for all
     # a constant per kernel: the pattern and the ratios stay
     ratio = (got / masks.apply(params, mask)["stack"])[mask["stack"]]
     assert np.unique(np.round(ratio, 4)).size == 3

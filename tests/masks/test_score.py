@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkit import masks, tree
+from jaxkit import masks
 
 KEY = jax.random.key(0)
 
@@ -40,6 +40,18 @@ def test_magnitude_masks_of_torch():
     assert indices(twice) == [L1_TWICE_30_PERCENT]
     both = masks.magnitude({"w0": FIRST, "w1": SECOND})
     assert tuple(indices(masks.topk(both, keep=20))) == GLOBAL_UNSTRUCTURED_30
+
+
+def test_the_rule_of_jaxpruner_is_topk_of_every_leaf():
+    """max(1, round(n (1 - sparsity))) of each leaf stay, by lax.top_k: at least one."""
+    params = {"w0": FIRST, "w1": SECOND}
+    scores = masks.magnitude(params)
+    for sparsity in (0.3, 0.85, 0.99):
+        keep = {name: max(1, round(s.size * (1 - sparsity))) for name, s in scores.items()}
+        mask = masks.topk(scores, keep=keep)
+        for name, s in scores.items():
+            best = jax.lax.top_k(s.ravel(), keep[name])[1]
+            assert np.flatnonzero(mask[name]).tolist() == sorted(best.tolist())
 
 
 def test_the_three_scopes_of_leaves_of_different_scales():
@@ -177,4 +189,3 @@ def test_gumbel_bad_input():
     assert np.isnan(under_jit["w0"]).tolist() == [[False, True]]
     with pytest.raises(TypeError, match=r"jax\.random\.key"):
         masks.gumbel(jax.random.PRNGKey(0), SCORES)
-    assert tree.concrete(SCORES)
