@@ -170,8 +170,8 @@ def attention(
 
     The derivative with respect to M_ij does not vanish at hidden keys, M_ij = 0: from it types
     learn what they miss. Exponentials are taken of s minus its maximum over all keys j <= i, the
-    hidden ones included, so that it stays finite; a row whose visible scores lie more than about
-    80 below those of hidden keys underflows to zeros.
+    hidden ones included, so that it stays finite; where hidden scores lie more than 70 above all
+    visible ones the output is still right, and that derivative is capped at exp(70).
 
     Args:
       q: queries; groups of ``heads / kv_heads`` consecutive heads share a key-value head.
@@ -195,10 +195,12 @@ def attention(
     grouped = q.reshape(n, kv_heads, heads // kv_heads, d)
     scores = tree.float32(jnp.einsum("nhgd,mhd->hgnm", grouped, k)) * factor
     scores = jnp.where(jnp.tri(n, dtype=bool), scores, -jnp.inf)
-    top = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
-    weights = jnp.asarray(mask, scores.dtype)[:, None] * jnp.exp(scores - top)
-    total = jnp.maximum(weights.sum(-1, keepdims=True), jnp.finfo(scores.dtype).tiny)
-    out = jnp.einsum("hgnm,mhe->nhge", (weights / total).astype(v.dtype), v)
+    mask = jnp.asarray(mask, scores.dtype)[:, None]
+    seen = scores.max(-1, keepdims=True, where=mask != 0, initial=-jnp.inf)
+    top = jax.lax.stop_gradient(jnp.minimum(scores.max(-1, keepdims=True), seen + 30))
+    weights = mask * jnp.exp(jnp.minimum(scores - top, 40))
+    weights = weights / weights.sum(-1, keepdims=True)
+    out = jnp.einsum("hgnm,mhe->nhge", weights.astype(v.dtype), v)
     return out.reshape(n, heads, -1)
 
 

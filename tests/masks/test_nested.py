@@ -242,7 +242,7 @@ WIDTHS = (4, 8, 16, 32, 64, 128, 256)
 def test_sorted_training_keeps_narrow_networks_where_truncation_loses_them():
     """64-256-256-10 on digits, 1500 Adam steps: accuracies of the truncated networks."""
     data = load(train=1258, test=539)
-    flat = lambda x: jnp.reshape(x, (len(x), -1))
+    flat = lambda x: jnp.asarray(x).reshape(len(x), -1)
     x, y = flat(data.x), jnp.asarray(data.y)
     params = init(jax.random.key(0), (64, 256, 256, 10))
     params = jax.tree.map(lambda w: w * (w.ndim > 1), params)
