@@ -4,9 +4,21 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from jaxkit import data, init, losses, masks, optim, probes, reparam, trace, tree, weights
+    from jaxkit import data, init, losses, masks, nn, optim, probes, reparam, trace, tree, weights
 
-__all__ = ["data", "init", "losses", "masks", "optim", "probes", "reparam", "trace", "tree", "weights"]
+__all__ = [
+    "data",
+    "init",
+    "losses",
+    "masks",
+    "nn",
+    "optim",
+    "probes",
+    "reparam",
+    "trace",
+    "tree",
+    "weights",
+]
 
 
 def __getattr__(name: str):  # families are imported when they are used

@@ -8,6 +8,7 @@ from jaxkit.optim.aggregate import (
     pareto_direction,
     weigh,
 )
+from jaxkit.optim.autolrs import Stage, autolrs, forecast
 from jaxkit.optim.basis import Basis, BasisState, in_basis
 from jaxkit.optim.bilevel import BilevelState, bo_rep, hypergradient
 from jaxkit.optim.federated import FedHyperState, fed_hyper, fed_hyper_client
@@ -43,6 +44,8 @@ from jaxkit.optim.private import (
 from jaxkit.optim.schedules import cosine_power, odds, refined, rewarm, uba
 from jaxkit.optim.score import TimeToResult, algoperf, calibrate_jointly, reached
 from jaxkit.optim.soap import scale_by_soap, soap
+from jaxkit.optim.tract import tract
+from jaxkit.optim.triage import phased, stacked, successive_keep
 
 __all__ = [
     "Asymptote",
@@ -56,9 +59,11 @@ __all__ = [
     "LookaheadState",
     "Lot",
     "PowerLaw",
+    "Stage",
     "TimeToResult",
     "adamax",
     "algoperf",
+    "autolrs",
     "bo_rep",
     "calibrate_jointly",
     "clipped_sum",
@@ -76,6 +81,7 @@ __all__ = [
     "fira",
     "fit_asymptote",
     "fit_power_law",
+    "forecast",
     "galore",
     "gram",
     "half_life",
@@ -89,6 +95,7 @@ __all__ = [
     "near_best",
     "odds",
     "pareto_direction",
+    "phased",
     "poisson_lot",
     "reached",
     "refined",
@@ -98,8 +105,11 @@ __all__ = [
     "rewarm",
     "scale_by_soap",
     "soap",
+    "stacked",
     "step_law",
     "stochastic_round",
+    "successive_keep",
+    "tract",
     "uba",
     "weigh",
 ]

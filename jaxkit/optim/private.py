@@ -164,9 +164,10 @@ def clipped_sum(
 ) -> PyTree:
     """Return sum_i g_i min(1, C / |g_i|) over the examples, in float32 or wider.
 
-    Norms are over all leaves together and in float32 whatever the dtype of the leaves is, so that
-    each summand's norm is at most C: replacing one example moves the sum by 2 C at most, leaving
-    one out by C. See `example_norms` for the arguments and for what it costs.
+    Norms are over all leaves together, and the loss is differentiated at the params in float32,
+    whatever their dtype, so that each summand's norm is at most C (a loss that rounds inside keeps
+    its rounding): replacing one example moves the sum by 2 C at most, leaving one out by C. See
+    `example_norms` for the arguments and for what it costs.
 
     Args:
       clip: C; inf clips nothing.
@@ -179,16 +180,17 @@ def clipped_sum(
     >>> bool(jnp.allclose(total, jnp.array([[0.6], [0.8 + 0.5]])))
     True
     """
-    norms = example_norms(loss_fn, params, batch, chunk=chunk)
+    wide = jax.tree.map(lambda w: tree.float32(w) if tree.is_inexact(w) else w, params)
+    norms = example_norms(loss_fn, wide, batch, chunk=chunk)
     factors = jnp.minimum(1.0, clip / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))
     if mask is not None:
         factors = jnp.where(mask, factors, 0.0)
-    leaves, structure = jax.tree.flatten(params)
-    floats = [tree.float32(w) if tree.is_inexact(w) else None for w in leaves]
+    leaves, structure = jax.tree.flatten(wide)
+    floats = [w if tree.is_inexact(w) else None for w in leaves]
 
     def total(floats: list, batch: Any, factors: Array) -> Array:
         pairs = zip(leaves, floats, strict=True)
-        full = [w if f is None else f.astype(w.dtype) for w, f in pairs]
+        full = [w if f is None else f for w, f in pairs]
         losses = jax.vmap(loss_fn, in_axes=(None, 0))(jax.tree.unflatten(structure, full), batch)
         return jnp.sum(factors * losses.astype(factors.dtype))
 
