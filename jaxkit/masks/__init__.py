@@ -14,6 +14,7 @@ from jaxkit.masks.allocate import (
 )
 from jaxkit.masks.connect import connect, er_width
 from jaxkit.masks.continual import Task, Transfer, cl_dst, recall, remember, transfer
+from jaxkit.masks.costs import Costs, costs, flops
 from jaxkit.masks.dynamic import gradual, granet, grow, regrow, rigl, set, update_mask
 from jaxkit.masks.export import (
     BlockSparse,
@@ -40,7 +41,7 @@ from jaxkit.masks.patch import Entries, Patch, compose, difference, fingerprint,
 from jaxkit.masks.patterns import bernoulli, blocks, n_of_m, sample, threshold
 from jaxkit.masks.random_search import Found, random_search, random_units
 from jaxkit.masks.reach import Effective, effective
-from jaxkit.masks.report import Report, report
+from jaxkit.masks.report import Report, hamming, iou, report
 from jaxkit.masks.rescale import rescale, sketch
 from jaxkit.masks.scaling import Law, fit_law, transformer_flops
 from jaxkit.masks.schedule import average_density, compute_window, exponential, iterative
@@ -75,6 +76,7 @@ from jaxkit.masks.unit_scores import (
 __all__ = [
     "BlockSparse",
     "ConstrainState",
+    "Costs",
     "Effective",
     "Entries",
     "Found",
@@ -110,6 +112,7 @@ __all__ = [
     "compute_window",
     "connect",
     "constrain",
+    "costs",
     "current",
     "difference",
     "doped",
@@ -123,6 +126,7 @@ __all__ = [
     "factorized",
     "fingerprint",
     "fit_law",
+    "flops",
     "fold_norm",
     "folded_decay",
     "fpgm",
@@ -135,11 +139,13 @@ __all__ = [
     "group_lasso",
     "grow",
     "gumbel",
+    "hamming",
     "hard_attention",
     "hft",
     "hold",
     "hrank",
     "hyperplanes",
+    "iou",
     "iterative",
     "layer_mask",
     "layer_scores",
