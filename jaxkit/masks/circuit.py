@@ -217,9 +217,8 @@ def grow(key: PRNGKeyArray, params: PyTree, *, std: float | Array = 0.3) -> PyTr
 
     Probabilities of edges and leaves are multiplied by independent max(1 + std N(0, 1), 0.1) and
     renormalized. With std = 0 the distribution is what it was; then the copies are equal, and
-    EM keeps them so. The noise on the leaves is what EM can use: with equal leaves the copies
-    differ in nothing that is observed. (The published code scales the logarithms of the edges, by
-    one noise for both copies of a node.)
+    EM keeps them so. (The published code scales the logarithms of the edges, by one noise for both
+    copies of a node.)
 
     Args:
       key: a typed key.

@@ -239,7 +239,7 @@ def test_the_cache_shrinks_with_the_factor_and_what_is_copied_stays():
         _, measured = jax.lax.scan(step, (params, tx.init(params)), keys)
         return [m[-200:].mean() for m in measured]
 
-    accuracy, share, kept = train(jnp.array([0.0, 0.03, 0.3]))
+    accuracy, share, kept = train(jnp.array([0.0, 0.1, 1.0]))
     print("accuracy", accuracy, "cache", share, "the copied token is global", kept)
     assert (accuracy > 0.9).all()
     assert share[0] > share[1] > share[2]
