@@ -106,7 +106,8 @@ def _best_vertex(
     bounds = jnp.concatenate([jnp.eye(m, dtype=rows.dtype), rows])
     floor = jnp.concatenate([jnp.zeros(m, rows.dtype), least])
     # an infinite floor binds nothing
-    active = np.array(list(combinations(range(m + rows.shape[0]), m - 1)), int).reshape(-1, m - 1)
+    corners = list(combinations(range(m + rows.shape[0]), m - 1))
+    active = np.array(corners, int).reshape(len(corners), m - 1)
 
     def vertex(index):
         a = jnp.concatenate([jnp.ones((1, m), rows.dtype), bounds[index]])
