@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkit import masks
+from jaxkit import masks, tree
 from tests.rows.base import MLP, Row, half, mlp
 
 
@@ -66,9 +66,14 @@ ROWS = [
     Row("masks.recurrent", lambda key, params, batch, n: masks.recurrent(np.eye(3, k=1), gates=2)),
     Row(
         "masks.folded_decay",
-        lambda key, params, batch, n: masks.folded_decay(n * MLP["up"], MLP["down"]),
+        lambda key, params, batch, n: {
+            path: masks.folded_decay(n * w.reshape(-1, w.shape[-1]), w.reshape(-1, w.shape[-1]).T)
+            for path, w in tree.chosen(params).items()
+            if w.size
+        },
         number=2.0,
         smooth=True,
+        local=False,
     ),
 ]
 
