@@ -5,11 +5,12 @@ A `Step` maps (models, *shape) to (models, *shape); `after` puts it in front of 
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, PRNGKeyArray
+from jaxtyping import Array, Bool, PRNGKeyArray
 
 from jaxkit import _rank as rank
 from jaxkit import tree
@@ -86,7 +87,7 @@ def window(sparsity: float | Array, outliers: float | Array = 0.0, scope: Scope 
         )
     if scope not in ("tree", "leaf") and not isinstance(scope, int):
         raise ValueError(f"scope={scope!r}; 'tree', 'leaf' or an axis (an int) was due")
-    from_above = not (isinstance(outliers, int | float) and outliers == 0)
+    above = not (isinstance(outliers, int | float) and outliers == 0)
 
     def counts(n: Any) -> tuple[Any, Any]:
         """Return how many are removed from above, and how many there are above the rest."""
@@ -94,52 +95,62 @@ def window(sparsity: float | Array, outliers: float | Array = 0.0, scope: Scope 
         start = rank.share(pair, outliers)
         return start, rank.minus(pair, rank.minus(rank.share(pair, sparsity), start))
 
-    def between(x: Deltas, start: Any, stop: Any) -> dict[str, Bool[Array, "..."]]:
-        every = dict.fromkeys(x, True)
-        kept = tree.topk(x, stop, where=every)
-        if from_above:
-            cut = tree.topk(x, start, where=every)
-            kept = {path: kept[path] & ~cut[path] for path in x}
-        return kept
-
-    def leaf(x: Float[Array, "..."], start: Any, stop: Any) -> Bool[Array, "..."]:
-        return between({"": x}, start, stop)[""]
-
     def prepare(deltas: Deltas) -> dict[str, Any]:
         n = sum(d[0].size for d in deltas.values())
-
-        def of_one_model(x: Deltas) -> dict[str, Any]:
-            every = dict.fromkeys(x, True)
-            tops = [tree.topk(x, k, where=every) for k in counts(n)]
-            return {path: tuple(rank.count(top[path]) for top in tops) for path in x}
-
-        return jax.vmap(of_one_model)({path: jnp.abs(d) for path, d in deltas.items()})
+        return _counted({path: jnp.abs(d) for path, d in deltas.items()}, *counts(n))
 
     def apply(path: str, deltas: Array, aux: Any) -> Array:
         if not deltas[0].size or (deltas.ndim == 1 and scope != "tree"):
             return deltas
         x = jnp.abs(deltas)
         if scope == "tree":
-            kept = jax.vmap(leaf)(x, *aux)
+            kept = _between(x, *aux, above=above, lines=1, own=True)
         elif scope == "leaf":
-            start, stop = counts(deltas[0].size)
-            kept = jax.vmap(lambda x: leaf(x, start, stop))(x)
+            kept = _between(x, *counts(deltas[0].size), above=above, lines=1)
         else:
             axis = _axis(path, scope, deltas.ndim - 1)
             x = jnp.moveaxis(x, axis + 1, -1)
             start, stop = counts(x.shape[-1])
-            if from_above and tree.concrete(start.lo) and not start.lo:
+            if above and tree.concrete(start.lo) and not start.lo:
                 warnings.warn(
                     f"{path!r}: no outlier is removed from lines of {x.shape[-1]} entries",
                     stacklevel=2,
                 )
-            line = lambda x: leaf(x, start, stop)
-            for _ in x.shape[:-1]:
-                line = jax.vmap(line)
-            kept = jnp.moveaxis(line(x), -1, axis + 1)
+            kept = _between(x, start, stop, above=above, lines=x.ndim - 1)
+            kept = jnp.moveaxis(kept, -1, axis + 1)
         return jnp.where(kept, deltas, 0)
 
     return Step(apply, prepare if scope == "tree" else None)
+
+
+def _top(x: Deltas, k: Any) -> dict[str, Bool[Array, "..."]]:
+    return tree.topk(x, k, where=dict.fromkeys(x, True))
+
+
+@jax.jit
+def _counted(x: Deltas, start: rank.Pair, stop: rank.Pair) -> dict[str, Any]:
+    """Return, for each leaf and model, how many of its entries are among the first of the tree."""
+
+    def of_one_model(x: Deltas) -> dict[str, Any]:
+        tops = [_top(x, k) for k in (start, stop)]
+        return {path: tuple(rank.count(top[path]) for top in tops) for path in x}
+
+    return jax.vmap(of_one_model)(x) if x else {}
+
+
+@partial(jax.jit, static_argnames=("above", "lines", "own"))
+def _between(
+    x: Array, start: rank.Pair, stop: rank.Pair, *, above: bool, lines: int, own: bool = False
+) -> Bool[Array, "..."]:
+    """Mark the ranks from start to stop of each line: of each index of the first `lines` axes."""
+
+    def line(x: Array, start: Any, stop: Any) -> Array:
+        kept = _top({"": x}, stop)[""]
+        return kept & ~_top({"": x}, start)[""] if above else kept
+
+    for _ in range(lines):
+        line = jax.vmap(line, (0, 0, 0) if own else (0, None, None))
+    return line(x, start, stop)
 
 
 def _axis(path: str, axis: int, ndim: int) -> int:
@@ -165,10 +176,13 @@ def drop(key: PRNGKeyArray, drop_rate: float | Array, rescale: Callable[[str], A
 
     def apply(path: str, deltas: Array, aux: Any) -> Array:
         own = tree.flatten(tree.keys(key, {path: 0}, "jaxkit.weights.dare"))[path]
-        draw = lambda i: jax.random.bernoulli(
-            jax.random.fold_in(own, i), 1 - drop_rate, deltas.shape[1:]
-        )
-        kept = jax.vmap(draw)(jnp.arange(len(deltas)))
+        kept = _drawn(own, 1 - drop_rate, deltas.shape)
         return jnp.where(kept, deltas / rescale(path), 0)
 
     return Step(apply)
+
+
+@partial(jax.jit, static_argnames="shape")
+def _drawn(key: PRNGKeyArray, rate: Any, shape: tuple[int, ...]) -> Bool[Array, "models ..."]:
+    draw = lambda i: jax.random.bernoulli(jax.random.fold_in(key, i), rate, shape[1:])
+    return jax.vmap(draw)(jnp.arange(shape[0]))
