@@ -305,7 +305,8 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
     b.set_xticks((1, 3, 10, 30, 100), ["1", "3", "10", "30", "100"])
     b.set_yticks((1, 3, 10, 30, 100), ["1", "3", "10", "30", "100"])
     b.minorticks_off()
-    b.annotate("fronts of error and size", (0.05, 0.08), xycoords="axes fraction", color="#555")
+    note = "lines: fronts of error and size\n(no error: drawn as half an image)"
+    b.annotate(note, (0.05, 0.06), xycoords="axes fraction", color="#555", fontsize=8.5)
     b.set(xlabel="parameters (% of the full network)", ylabel="validation error (%)")
 
     number = 1 + np.arange(settings.evaluations)
