@@ -7,7 +7,19 @@ import tomllib
 from importlib import resources
 from typing import Any, NamedTuple
 
-__all__ = ["Paper", "grep", "load", "parse"]
+__all__ = ["SPARSE", "Paper", "grep", "load", "parse"]
+
+# The axes on which a method that masks declares itself, and what can stand on each. Survivors are
+# the entries of the final mask: rewound to earlier values, drawn anew, trained on as they are, or
+# frozen; "revive" trains on and lets the others come back from zero.
+SPARSE = {
+    "granularity": ("unstructured", "block", "structured"),
+    "start": ("dense", "sparse"),
+    "mask": ("static", "dynamic"),
+    "when": ("before", "during", "after"),
+    "data": ("free", "dependent"),
+    "survivors": ("rewind", "reinit", "keep", "freeze", "revive"),
+}
 
 
 class Paper(NamedTuple):
@@ -20,6 +32,10 @@ class Paper(NamedTuple):
       arxiv: its arXiv id, without a version.
       implements: the dotted names of the functions that implement it or a part of it.
       experiment: the name of the experiment that shows its finding, or None.
+      sparse: of a method that masks, its value on each of the axes `SPARSE`, or None: what it
+        removes; whether training begins dense or sparse; whether the mask then stands still; when
+        it is made (before, during or after the training of what it masks); whether that needs data;
+        and what becomes of the survivors.
     """
 
     title: str
@@ -28,12 +44,13 @@ class Paper(NamedTuple):
     arxiv: str
     implements: tuple[str, ...]
     experiment: str | None = None
+    sparse: dict[str, str] | None = None
 
 
 def load() -> tuple[Paper, ...]:
     """Return the papers of the package's own list.
 
-    >>> [paper.arxiv for paper in load() if "Lottery Ticket" in paper.title]
+    >>> [paper.arxiv for paper in load() if "Finding Sparse" in paper.title]
     ['1803.03635']
     """
     text = resources.files("jaxkit").joinpath("papers.toml").read_text(encoding="utf-8")
@@ -69,13 +86,21 @@ def _paper(entry: dict[str, Any]) -> Paper:
     missing = [name for name in Paper._fields if name not in {*entry, *Paper._field_defaults}]
     if unknown or missing:
         raise ValueError(f"papers: {title!r} has unknown fields {unknown} and lacks {missing}")
-    due = {"title": str, "authors": list, "year": int, "arxiv": str, "implements": list}
+    due = dict.fromkeys(("title", "arxiv", "experiment"), str) | {"year": int, "sparse": dict}
     for name, value in entry.items():
-        kind = due.get(name, str)
+        kind = due.get(name, list)
         strings = kind is not list or (value and all(isinstance(item, str) for item in value))
         if type(value) is not kind or not strings:
             what = "list of strings" if kind is list else kind.__name__
             raise ValueError(f"papers: {title!r}: {name} is {value!r}, due is a {what}")
+    sparse = entry.get("sparse")
+    if sparse is not None:
+        wrong = {k: v for k, v in sparse.items() if v not in SPARSE.get(k, ())}
+        lacks = [k for k in SPARSE if k not in sparse]
+        if wrong or lacks:
+            raise ValueError(
+                f"papers: {title!r}: sparse has {wrong} and lacks {lacks}; due is {SPARSE}"
+            )
     return Paper(
         title=title,
         authors=tuple(entry["authors"]),
@@ -83,6 +108,7 @@ def _paper(entry: dict[str, Any]) -> Paper:
         arxiv=entry["arxiv"],
         implements=tuple(entry["implements"]),
         experiment=entry.get("experiment"),
+        sparse=sparse,
     )
 
 
@@ -90,7 +116,7 @@ def grep(papers: tuple[Paper, ...], word: str) -> tuple[Paper, ...]:
     """Return the papers that have `word` in any field, whatever its case.
 
     >>> papers = load()
-    >>> [paper.title[:4] for paper in grep(papers, "torr")]
+    >>> [paper.title[:4] for paper in grep(papers, "snip: ")]
     ['SNIP']
     >>> grep(papers, "zyzzyva")
     ()
@@ -98,6 +124,7 @@ def grep(papers: tuple[Paper, ...], word: str) -> tuple[Paper, ...]:
 
     def text(paper: Paper) -> str:
         fields = [paper.title, *paper.authors, str(paper.year), f"arxiv:{paper.arxiv}"]
-        return "\n".join([*fields, *paper.implements, paper.experiment or ""]).casefold()
+        fields += [*paper.implements, paper.experiment or "", *(paper.sparse or {}).values()]
+        return "\n".join(fields).casefold()
 
     return tuple(paper for paper in papers if word.casefold() in text(paper))

@@ -62,7 +62,7 @@ def test_papers_as_json(capsys):
 
 def test_papers_grep(capsys):
     assert run(capsys, "papers", "--grep", "FRANKLE")[1].startswith("The Lottery Ticket")
-    titles = [p["title"] for p in json.loads(run(capsys, "papers", "--grep", "snip", "--json")[1])]
+    titles = [p["title"] for p in json.loads(run(capsys, "papers", "--grep", "snip: ", "--json")[1])]
     assert [title[:4] for title in titles] == ["SNIP"]
     assert run(capsys, "papers", "--grep", "xyzzy") == (1, "", "no paper mentions 'xyzzy'\n")
     assert run(capsys, "papers", "--grep", "xyzzy", "--json") == (1, "[]\n", "")

@@ -51,6 +51,27 @@ def test_no_paper_is_listed_twice():
         assert len(set(values)) == len(values)
 
 
+def test_methods_that_mask_lie_where_they_should_on_the_axes():
+    place = {p.arxiv: tuple(p.sparse[axis] for axis in papers.SPARSE) for p in PAPERS if p.sparse}
+    lottery = ("unstructured", "dense", "static", "after", "dependent", "rewind")
+    random = ("unstructured", "sparse", "static", "before", "free", "keep")
+    rigl = ("unstructured", "sparse", "dynamic", "during", "dependent", "keep")
+    assert place["1803.03635"] == place["1903.01611"] == lottery
+    assert place["2202.02643"] == place["2210.02412"] == random
+    assert place["1911.11134"] == place["1707.04780"] == rigl
+    assert place["2303.10464"] == (*random[:5], "revive")  # dense fine-tuning
+    assert place["1810.02340"] == (*random[:4], "dependent", "keep")
+    # what changes its mask does so while it trains, and what masks before needs no dense training
+    for _, start, mask, when, data, survivors in place.values():
+        assert (mask == "dynamic") <= (when == "during")
+        assert (when == "before") <= (start == "sparse" and survivors != "rewind")
+        assert (survivors == "rewind") <= (when == "after" and data == "dependent")
+    assert {
+        axis: {p[i] for p in place.values()} <= set(values)
+        for i, (axis, values) in enumerate(papers.SPARSE.items())
+    } == dict.fromkeys(papers.SPARSE, True)
+
+
 ENTRY = {
     "title": '"A title"',
     "authors": '["A. Author", "B. Author"]',
@@ -58,6 +79,8 @@ ENTRY = {
     "arxiv": '"2001.00001"',
     "implements": '["jaxkit.tree.quantile"]',
     "experiment": '"a-name"',
+    "sparse": '{ granularity = "block", start = "dense", mask = "static", when = "after", '
+    'data = "free", survivors = "keep" }',
 }
 
 
@@ -73,11 +96,14 @@ def test_parse():
         "2001.00001",
         ("jaxkit.tree.quantile",),
         "a-name",
+        dict(
+            zip(papers.SPARSE, ("block", "dense", "static", "after", "free", "keep"), strict=True)
+        ),
     )
     assert papers.parse(toml(ENTRY)) == (expected,)
-    without = {k: v for k, v in ENTRY.items() if k != "experiment"}
+    without = {k: v for k, v in ENTRY.items() if k not in ("experiment", "sparse")}
     both = toml(ENTRY) + "\n" + toml(without)
-    assert papers.parse(both) == (expected, expected._replace(experiment=None))
+    assert papers.parse(both) == (expected, expected._replace(experiment=None, sparse=None))
     assert papers.parse("") == ()
 
 
@@ -91,6 +117,8 @@ def test_parse():
         ({"implements": "[3]"}, r"implements is \[3\]"),
         ({"arxiv": "2001.00001"}, "arxiv is 2001.00001, due is a str"),
         ({"experiment": "[1]"}, "experiment is"),
+        ({"sparse": '"yes"'}, "sparse is 'yes', due is a dict"),
+        ({"sparse": '{ when = "later" }'}, r"{'when': 'later'} and lacks \['granularity'"),
         ({"colour": '"blue"'}, r"'A title' has unknown fields \['colour'\]"),
     ],
 )
@@ -100,7 +128,7 @@ def test_a_wrong_entry_is_named(changed, message):
 
 
 def test_a_missing_field_is_named():
-    for name in ENTRY.keys() - {"experiment"}:
+    for name in ENTRY.keys() - {"experiment", "sparse"}:
         with pytest.raises(ValueError, match=rf"lacks \['{name}'\]"):
             papers.parse(toml({k: v for k, v in ENTRY.items() if k != name}))
     with pytest.raises(ValueError, match="unknown tables"):
@@ -111,6 +139,15 @@ def test_a_missing_field_is_named():
 
 def test_grep_looks_in_every_field_whatever_the_case():
     found = papers.parse(toml(ENTRY))
-    words = ["a TITLE", "b. author", "2020", "arXiv:2001.00001", "tree.quantile", "A-NAME", ""]
+    words = [
+        "a TITLE",
+        "b. author",
+        "2020",
+        "arXiv:2001.00001",
+        "tree.quantile",
+        "A-NAME",
+        "Block",
+        "",
+    ]
     assert all(papers.grep(found, word) == found for word in words)
     assert papers.grep(found, "another") == ()

@@ -29,6 +29,7 @@ def _describe(paper: Any) -> str:
         "": f"{', '.join(paper.authors)}, {paper.year}, arXiv:{paper.arxiv}",
         "functions: ": ", ".join(paper.implements),
         "experiment: ": paper.experiment and f"python -m experiments run {paper.experiment}",
+        "sparsity: ": paper.sparse and ", ".join(f"{k} {v}" for k, v in paper.sparse.items()),
     }
     fill = lambda words, first, rest: textwrap.fill(
         words,
