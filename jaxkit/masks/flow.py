@@ -11,7 +11,7 @@ from jaxtyping import Array, PyTree
 
 from jaxkit import _rank as rank
 from jaxkit import tree
-from jaxkit.masks.select import Mask, _kept, check_sparsity
+from jaxkit.masks.select import Mask, check_sparsity, kept_count
 from jaxkit.masks.sensitivity import every, snip
 
 __all__ = ["prune_in_rounds", "synflow", "synflow_mask"]
@@ -121,7 +121,7 @@ def prune_in_rounds(
     xp: Any = math if isinstance(sparsity, int | float | np.number) else jnp
     fall = xp.log1p(-sparsity) / rounds
     each = [*(-xp.expm1(r * fall) for r in range(1, rounds)), sparsity]
-    counts = [rank.as_pair(_kept(s, n)) for s in each]
+    counts = [rank.as_pair(kept_count(s, n)) for s in each]
     counts = rank.Pair(*(jnp.stack(words) for words in zip(*counts, strict=True)))
 
     def step(live, count):

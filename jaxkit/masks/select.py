@@ -35,7 +35,7 @@ def check_sparsity(sparsity: Any) -> None:
             )
 
 
-def _kept(sparsity: Any, n: int) -> Any:
+def kept_count(sparsity: Any, n: int) -> Any:
     """Return round-half-even((1 - sparsity) n), exactly if `sparsity` is a Python number."""
     if isinstance(sparsity, int | float | np.number):
         return round((1 - Fraction(repr(float(sparsity)))) * n)
@@ -92,9 +92,9 @@ def topk(
         if single:
             chosen = jax.tree.leaves(tree.select(scores, where))
             pairs = zip(jax.tree.leaves(scores), chosen, strict=True)
-            keep = _kept(sparsity, sum(leaf.size for leaf, bit in pairs if bit))
+            keep = kept_count(sparsity, sum(leaf.size for leaf, bit in pairs if bit))
         else:
-            keep = jax.tree.map(lambda s, leaf: _kept(s, np.size(leaf)), sparsity, scores)
+            keep = jax.tree.map(lambda s, leaf: kept_count(s, np.size(leaf)), sparsity, scores)
     return tree.topk(scores, keep, where=where, within=within)
 
 

@@ -113,5 +113,6 @@ EXEMPT = {
     "weights.files.Leaf": "a type",
     "weights.files.Stats": "a type",
     "weights.files.leaves": "reads a file",
+    "weights.files.metadata": "reads a file",
     "weights.files.stats": "host-side, in float64; tested in weights/test_files.py",
 }
