@@ -39,7 +39,7 @@ from jaxkit.masks.pack import pack, unpack
 from jaxkit.masks.partition import Partition, canvas, early_bird, partition, partition_distance
 from jaxkit.masks.patch import Entries, Patch, compose, difference, fingerprint, revert
 from jaxkit.masks.patterns import bernoulli, blocks, n_of_m, sample, threshold
-from jaxkit.masks.random_search import Found, random_search, random_units
+from jaxkit.masks.random_search import Searched, random_search, random_units
 from jaxkit.masks.reach import Effective, effective
 from jaxkit.masks.report import Report, hamming, iou, report
 from jaxkit.masks.rescale import rescale, sketch
@@ -79,7 +79,6 @@ __all__ = [
     "Costs",
     "Effective",
     "Entries",
-    "Found",
     "Greedy",
     "IsoFlop",
     "Law",
@@ -91,6 +90,7 @@ __all__ = [
     "Patch",
     "Report",
     "Rule",
+    "Searched",
     "Shrunk",
     "SparseState",
     "Stability",

@@ -116,7 +116,7 @@ def layer_mask(params: PyTree, keep: Mapping[str, bool | Bool[Array, ""]], block
     for name in keep:
         if name not in blocks:
             raise ValueError(f"no block is named {name!r}; the blocks: {list(blocks)}")
-    mask = jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params)
+    mask = jax.tree.map(lambda w: jnp.ones(w.shape, bool) if tree.is_array(w) else w, params)
     for name, bit in keep.items():
         chosen = tree.select(params, blocks[name])
         mask = jax.tree.map(lambda m, c, bit=bit: m & bit if c else m, mask, chosen)

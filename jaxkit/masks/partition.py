@@ -85,6 +85,7 @@ def partition(apply_fn: Callable[..., Any], params: PyTree, *args: Any) -> Parti
 def _checksum(values: Sequence[Array]) -> UInt32[Array, ""]:
     total = jnp.uint32(0)
     for x in values:
+        x = jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
         word = jax.lax.bitcast_convert_type(jnp.ravel(x).astype(jnp.float32), jnp.uint32)
         place = 2 * jnp.arange(word.size, dtype=jnp.uint32) + 1
         total = total * np.uint32(31) + jnp.sum(word * place, dtype=jnp.uint32)

@@ -15,10 +15,10 @@ from jaxkit.masks.select import check_sparsity, keep_where, topk
 from jaxkit.masks.structured import units
 from jaxkit.trace import named, resolve
 
-__all__ = ["Found", "random_search", "random_units"]
+__all__ = ["Searched", "random_search", "random_units"]
 
 
-class Found(NamedTuple):
+class Searched(NamedTuple):
     """The best unit mask of a search, the losses of all, and the number of the best."""
 
     keep: dict[str, Bool[Array, " units"]]
@@ -74,7 +74,7 @@ def random_search(
     sparsity: float | Array,
     draws: int = 100,
     together: int = 10,
-) -> Found:
+) -> Searched:
     """Draw random subsets of units, and return the one with the lowest loss before any training.
 
     The subnetwork is then trained from the values that its weights have now. The finding is
@@ -115,4 +115,4 @@ def random_search(
 
     keeps, losses = jax.lax.map(one, jnp.arange(draws), batch_size=min(together, draws))
     best = jnp.argmin(losses)
-    return Found(jax.tree.map(lambda k: k[best], keeps), losses, best)
+    return Searched(jax.tree.map(lambda k: k[best], keeps), losses, best)

@@ -1,7 +1,7 @@
 """Lottery tickets: train, prune, go back to the first weights, again; controls and stability."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -88,7 +88,7 @@ def tickets(
         rule = lambda mask, trained: prune(mask, magnitude(trained), fraction, where=where)
 
     def iterate() -> Iterator[Ticket]:
-        mask = jax.tree.map(lambda w: jnp.ones(jnp.shape(w), bool), params)
+        mask = jax.tree.map(lambda w: jnp.ones(w.shape, bool) if tree.is_array(w) else w, params)
         rewound = train(params, mask, 0, rewind) if rewind else params
         for number in range(rounds + 1):
             start = apply(rewound, mask)
@@ -102,18 +102,20 @@ def tickets(
 
 
 def _check_round(number: int, old: Mask, new: Mask) -> None:
-    before, after = (
-        {path: int(np.sum(m)) for path, m in tree.flatten(mask).items()} for mask in (old, new)
-    )
-    for path, left in after.items():
-        if before[path] and not left:
+    total = {"before": 0, "after": 0}
+    after = tree.flatten(new)
+    for path, mask in tree.flatten(old).items():
+        if not tree.is_array(mask):
+            continue
+        was, now = np.asarray(mask), np.asarray(after[path])
+        if was.any() and not now.any():
             raise ValueError(f"round {number} would leave {path!r} without weights")
-    grown = jax.tree.map(lambda a, b: bool(np.any(np.asarray(b) & ~np.asarray(a))), old, new)
-    for path, bit in tree.flatten(grown).items():
-        if bit:
+        if (now & ~was).any():
             raise ValueError(f"round {number} brings back weights of {path!r}: masks are to nest")
-    if sum(after.values()) == sum(before.values()):
-        raise ValueError(f"round {number} prunes nothing of {sum(before.values())} weights")
+        total["before"] += int(was.sum())
+        total["after"] += int(now.sum())
+    if total["after"] == total["before"]:
+        raise ValueError(f"round {number} prunes nothing of {total['before']} weights")
 
 
 # ---------------------------------------------------------------------------------- controls
@@ -145,15 +147,13 @@ def shuffle(
         raise ValueError(f"scope={scope!r}, and 'leaf' or 'global' was due")
     floats = jax.tree.map(lambda m: m.astype(jnp.float32) if tree.is_array(m) else m, mask)
     chosen = tree.select(floats, where)
-    counts = jax.tree.map(lambda bit, m: rank.count(m) if bit else 0, chosen, mask)
-    if scope == "global":
-        counts = rank.total([m for m, bit in _pairs(mask, chosen) if bit])
+    if scope == "leaf":
+        counts = jax.tree.map(lambda bit, m: rank.count(m) if bit else 0, chosen, mask)
+    else:
+        pairs = zip(jax.tree.leaves(mask), jax.tree.leaves(chosen), strict=True)
+        counts = rank.total([m for m, bit in pairs if bit])
     drawn = tree.topk(random(key, floats), counts, where=chosen)
     return jax.tree.map(lambda bit, d, m: d if bit else m, chosen, drawn, mask)
-
-
-def _pairs(mask: Mask, chosen: PyTree) -> Any:
-    return zip(jax.tree.leaves(mask), jax.tree.leaves(chosen), strict=True)
 
 
 def reinit(

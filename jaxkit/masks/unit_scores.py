@@ -315,7 +315,13 @@ def _activations(
 
 
 def apoz(
-    apply_fn: Callable[..., Any], params: PyTree, args: tuple, axes: PyTree, roles: PyTree
+    apply_fn: Callable[..., Any],
+    params: PyTree,
+    args: tuple,
+    axes: PyTree,
+    roles: PyTree,
+    *,
+    axis_name: str | None = None,
 ) -> Scores:
     """Score a unit by how often it is active: 1 - APoZ, the share of nonzeros in its activation.
 
@@ -328,6 +334,7 @@ def apoz(
       args: the further arguments, a tuple: ``(x,)``.
       axes: the axes tree of params.
       roles: their roles.
+      axis_name: average over this axis of pmap or shard_map.
 
     Raises:
       ValueError: no kernel consumes an axis, an axes tree that does not fit.
@@ -348,11 +355,17 @@ def apoz(
         rows = _rows((tap.input != 0).astype(jnp.float32), at)
         for name in _free(entry):
             counts.setdefault(name, []).extend(_blocks(rows, entry, name))
-    return {name: jnp.concatenate(rows, 1).mean(1) for name, rows in counts.items()}
+    return _means(counts, axis_name)
 
 
 def hrank(
-    apply_fn: Callable[..., Any], params: PyTree, args: tuple, axes: PyTree, roles: PyTree
+    apply_fn: Callable[..., Any],
+    params: PyTree,
+    args: tuple,
+    axes: PyTree,
+    roles: PyTree,
+    *,
+    axis_name: str | None = None,
 ) -> Scores:
     """Score a channel by the rank of its feature maps: the mean over examples of rank(A_j).
 
@@ -365,6 +378,7 @@ def hrank(
       args: the further arguments, a tuple: ``(x,)``.
       axes: the axes tree of params.
       roles: their roles.
+      axis_name: average over this axis of pmap or shard_map.
 
     Raises:
       ValueError: no convolution over two dimensions consumes an axis.
@@ -392,4 +406,9 @@ def hrank(
             ranks.setdefault(name, []).extend(_blocks(mean, entry, name))
     if not ranks:
         raise ValueError("no convolution over two dimensions reads an axis: no feature maps")
-    return {name: jnp.concatenate(r, 1).mean(1) for name, r in ranks.items()}
+    return _means(ranks, axis_name)
+
+
+def _means(rows: dict[str, list[Array]], axis_name: str | None) -> Scores:
+    means = {name: jnp.concatenate(parts, 1).mean(1) for name, parts in rows.items()}
+    return means if axis_name is None else jax.lax.pmean(means, axis_name)

@@ -120,6 +120,15 @@ def test_a_residual_stream_is_one_group():
         assert all(m.all() for path, m in mask.items() if path not in dict(group))
 
 
+def test_one_leaf_of_a_group_has_no_mask_of_its_own():
+    apply_fn, params, args = convolution.RESNET.build()
+    axes = trace.axes(apply_fn, params, *args)
+    (name,) = (n for n, axis in trace.named(axes).items() if axis.size == 5)
+    part = {"block0/conv1/kernel:3", "stem/kernel:3"} - {name}
+    with pytest.raises(ValueError, match=r"no axis is named '.*/kernel:3'; the nearest: '"):
+        masks.units(params, dict.fromkeys(part, jnp.ones(5, bool)), axes)
+
+
 def test_a_score_of_a_stream_sums_over_all_that_produce_it():
     apply_fn, params, args = convolution.RESNET.build()
     params = randomize(params)

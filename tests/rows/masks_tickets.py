@@ -108,9 +108,8 @@ ROWS = [
     Row(
         "masks.apoz",
         lambda key, params, batch, n: masks.apoz(
-            lambda p, x: mlp(p, x - 1), MLP, (batch,), MLP_AXES, MLP_ROLES
+            lambda p, x: mlp(p, x - 1), MLP, (batch,), MLP_AXES, MLP_ROLES, axis_name=axis_or_none()
         ),
-        shards=False,
     ),
     Row(
         "masks.hrank",
@@ -223,7 +222,7 @@ ROWS = [
 ]
 
 EXEMPT = {
-    "masks.Found": "a type",
+    "masks.Searched": "a type",
     "masks.Partition": "a type",
     "masks.Stability": "a type",
     "masks.Ticket": "a type",
