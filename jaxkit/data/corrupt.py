@@ -17,7 +17,6 @@ import math
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from jaxkit import tree
@@ -35,10 +34,6 @@ def _check_pair(x, y) -> None:
             f"examples x of shape (n, ...) and labels y of shape (n,) are due, "
             f"and x{tuple(x.shape)} and y{tuple(y.shape)} came"
         )
-
-
-def _concrete(value) -> bool:
-    return not isinstance(value, Tracer)
 
 
 def _pixels(x) -> Shaped[Array, "n pixels channels"]:
@@ -90,9 +85,9 @@ def random_labels(
         raise TypeError(f"integer labels are due, and {y.dtype} came")
     if classes < 1:
         raise ValueError(f"classes={classes}: at least one class is due")
-    if _concrete(p) and not 0 <= float(p) <= 1:
+    if tree.concrete(p) and not 0 <= float(p) <= 1:
         raise ValueError(f"p={p}: a probability in [0, 1] is due")
-    if _concrete(y) and y.size:
+    if tree.concrete(y) and y.size:
         low, high = np.asarray(y).min(), np.asarray(y).max()
         if not 0 <= low <= high < classes:
             raise ValueError(
@@ -212,7 +207,7 @@ def gaussian(
     _check_pair(x, y)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"float images are due, and {x.dtype} came; scale them first")
-    flat = _pixels(x).astype(jnp.promote_types(x.dtype, jnp.float32))
+    flat = tree.float32(_pixels(x))
     mean = flat.mean((0, 1)) if mean is None else mean
     std = flat.std((0, 1)) if std is None else std
     noise = jax.random.normal(_key(key, "gaussian"), flat.shape, flat.dtype)

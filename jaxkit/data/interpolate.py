@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Float64, PRNGKeyArray, Real
 
 from jaxkit import tree
@@ -56,7 +55,7 @@ def two_layer(key: PRNGKeyArray, x: Real[np.ndarray, "n d"], y: Real[np.ndarray,
     "Understanding deep learning requires rethinking generalization", Theorem 1,
     arXiv 1611.03530. The paper leaves the choice of a and b open.
     """
-    if isinstance(x, Tracer) or isinstance(y, Tracer):
+    if not tree.concrete(x, y):
         raise TypeError("two_layer reads the values of x and y: call it outside jit")
     tree.check_key(key)
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)

@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, PyTree
 
 from jaxkit import tree
@@ -161,7 +160,7 @@ def advise(
     >>> [(verdict.kind, verdict.path) for verdict in advice.verdicts]
     [('forward-dies', '1'), ('backward-dies', '0')]
     """
-    if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((params, batch))):
+    if not tree.concrete(params, batch):
         raise TypeError("advise reads numbers, which jit does not have; use signals there")
     found, skipped = find(apply_fn, params, batch, where)
     seen = jax.jit(partial(measure, apply_fn, found, loss, None))(params, batch)

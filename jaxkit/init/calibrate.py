@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxkit import tree
@@ -82,7 +81,7 @@ def _moments(
     y: Array, stack: int, axis_name: Any
 ) -> tuple[Float[Array, "*stack"], Float[Array, "*stack"]]:
     """Return mean and standard deviation over all axes after `stack`, and over devices."""
-    y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    y = tree.float32(y)
     axes = tuple(range(stack, y.ndim))
     average = lambda z: z if axis_name is None else lax.pmean(z, axis_name)
     mean = average(y.mean(axes, keepdims=True))
@@ -169,7 +168,7 @@ def calibrate(
         partial(_calibrate, apply_fn, found, biases, tolerance, warn, axis_name)
     )(params, args, goal)
     report = Calibration(before, after, passes, goal, tolerance, tuple(skipped.items()))
-    if not any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((before, after, final))):
+    if tree.concrete(before, after, final):
         _judge(report, effects)
     return final, report
 

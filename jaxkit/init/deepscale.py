@@ -9,8 +9,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array, Float
+
+from jaxkit import tree
 
 __all__ = ["DeepScale", "deepscale", "relu_correlation", "relu_covariance"]
 
@@ -128,7 +129,7 @@ def deepscale(
             f"width={width}, layers={layers}, embeddings={embeddings}, expansion={expansion}: all "
             "must be positive"
         )
-    changed = isinstance(second_moment, Tracer) or second_moment != 0.5
+    changed = not tree.concrete(second_moment) or second_moment != 0.5
     if changed != (activation_correlation is not relu_correlation):
         raise ValueError(
             "second_moment and activation_correlation belong to one activation: give both or none"
@@ -164,5 +165,5 @@ def deepscale(
 
 
 def _check(name: str, value: Number, fault: str, holds: Callable[[float], bool]) -> None:
-    if not isinstance(value, Tracer) and not holds(float(value)):
+    if tree.concrete(value) and not holds(float(value)):
         raise ValueError(f"{name}={value} {fault}")

@@ -16,7 +16,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.experimental.ode import odeint
 from jaxtyping import Array, Float, PRNGKeyArray
 
@@ -55,7 +54,7 @@ def linear_modes(
     with jax.default_matmul_precision("highest"):
         second = x.T @ x / x.shape[0]
         off = jnp.abs(second - jnp.eye(x.shape[1])).max()
-        if not isinstance(off, Tracer) and not off <= tolerance:
+        if tree.concrete(off) and not off <= tolerance:
             raise ValueError(
                 f"the inputs are not whitened: an entry of x.T @ x / N is off by {float(off):.3g}"
             )

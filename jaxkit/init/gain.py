@@ -10,9 +10,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float
 
+from jaxkit import tree
 from jaxkit.init import gauss
 
 __all__ = ["balanced_sigma", "gain", "input_gain", "maxout", "maxout_range", "vi3nr"]
@@ -78,7 +78,7 @@ def input_gain(x: Float[Array, "..."], sigma: float = 1.0) -> Float[Array, ""]:
     if x.size == 0:
         raise ValueError("the gain of no data is not defined")
     second = jnp.square(x.astype(jnp.float32)).mean()
-    if not isinstance(second, Tracer) and second == 0:
+    if tree.concrete(second) and second == 0:
         raise ValueError("the inputs are all zero: no gain gives them a variance")
     return sigma / jnp.sqrt(second)
 

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from scipy.optimize import brentq
 from scipy.special import ndtr
+
+from jaxkit import tree
 
 Activation = Callable[[Any], Any]
 
@@ -81,7 +82,7 @@ def _evaluate(fn: Callable[[Any], Any], x: np.ndarray, order: int) -> np.ndarray
                     f"an elementwise activation is due, and {_name(fn)} maps shape {x.shape} to "
                     f"{np.shape(value)}"
                 )
-            if isinstance(value, Tracer):
+            if not tree.concrete(value):
                 raise TypeError(
                     f"{_name(fn)} closes over a traced value: its moments are numbers, computed "
                     "while tracing"
@@ -110,7 +111,7 @@ def _resolution(fn: Callable[[Any], Any]) -> float:
 
 def check_variance(q: Any, name: str = "q") -> float:
     """Return q as a positive float."""
-    if isinstance(q, Tracer):
+    if not tree.concrete(q):
         raise TypeError(f"{name} is a number, not a traced value: moments are computed on tracing")
     q = float(q)
     if not (q > 0 and math.isfinite(q)):

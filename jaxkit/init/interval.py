@@ -20,8 +20,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.core import Tracer
 from jaxtyping import Array, Float
+
+from jaxkit import tree
 
 __all__ = ["Bounds", "affine_bounds", "ibp", "ibp_regularizer"]
 
@@ -91,7 +92,7 @@ def affine_bounds(
             f"{kernel.shape} came"
         )
     crossed = (lower > upper).any()
-    if not isinstance(crossed, Tracer) and crossed:
+    if tree.concrete(crossed) and crossed:
         raise ValueError("a lower bound exceeds its upper bound")
     centre, half = (upper + lower) / 2 @ kernel, (upper - lower) / 2 @ jnp.abs(kernel)
     centre = centre if bias is None else centre + bias

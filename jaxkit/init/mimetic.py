@@ -185,10 +185,7 @@ def mimetic_attention(
 
     def init(key: PRNGKeyArray, params: PyTree) -> PyTree:
         leaves = tree.flatten(params)
-        hits = {
-            role: [path for path, bit in tree.flatten(tree.select(params, where)).items() if bit]
-            for role, where in chosen.items()
-        }
+        hits = {role: list(tree.chosen(params, where)) for role, where in chosen.items()}
         others = {r: _partners(hits["q"], hits[r], names[r]) for r in chosen if r != "q"}
         keys = tree.flatten(tree.keys(key, params, "jaxkit.init.mimetic_attention"))
         known = {"3": 3} if heads is None else {"3": 3, "h": heads}
@@ -366,9 +363,7 @@ def mimetic_ssm(
     def init(key: PRNGKeyArray, params: PyTree) -> PyTree:
         new = tree.flatten(plain(key, params))
         keys = tree.flatten(tree.keys(key, params, "jaxkit.init.mimetic_ssm"))
-        hits = lambda where: [
-            p for p, bit in tree.flatten(tree.select(params, where)).items() if bit
-        ]
+        hits = lambda where: list(tree.chosen(params, where))
         if dt_b_c is not None:
             for path in hits(dt_b_c):
                 leaf = new[path]

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray
 
 from jaxkit import tree
@@ -41,7 +40,7 @@ def span_mask(
     [6, 6, 6, 6]
     """
     tree.check_key(key)
-    if not isinstance(ratio, Tracer) and not 0 <= ratio <= 1:
+    if tree.concrete(ratio) and not 0 <= ratio <= 1:
         raise ValueError(f"ratio={ratio} is not in [0, 1]")
     if span is None:
         return jax.random.bernoulli(key, ratio, shape)
@@ -97,7 +96,7 @@ def masked_loss(
             f"predictions {predictions.shape} want targets {due} and a mask "
             f"{predictions.shape[:-1]}; {targets.shape} and {mask.shape} came"
         )
-    predictions = predictions.astype(jnp.promote_types(predictions.dtype, jnp.float32))
+    predictions = tree.float32(predictions)
     if tokens:
         predictions = jnp.where(mask[..., None], predictions, 0)
         losses = optax.softmax_cross_entropy_with_integer_labels(predictions, targets)
@@ -107,7 +106,7 @@ def masked_loss(
 
 
 def _unit(x: Array) -> Array:
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = tree.float32(x)
     return x * lax.rsqrt(jnp.maximum(jnp.square(x).sum(-1, keepdims=True), 1e-24))
 
 
@@ -139,7 +138,7 @@ def triplet_loss(
             f"three (n, d) and (n,) are due: {reference.shape}, {a.shape}, {b.shape}, "
             f"{choice.shape} came"
         )
-    if not isinstance(choice, Tracer) and not np.isin(np.asarray(choice), (-1, 1)).all():
+    if tree.concrete(choice) and not np.isin(np.asarray(choice), (-1, 1)).all():
         raise ValueError("choices are 1 (a) and -1 (b); turn 0 and 1 into them with 2 * c - 1")
     reference, a, b = _unit(reference), _unit(a), _unit(b)
     closer = ((a - b) * reference).sum(-1)  # d(ref, b) - d(ref, a)

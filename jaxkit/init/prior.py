@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import Array, Float, Int, Num
+
+from jaxkit import tree
 
 __all__ = [
     "class_prior",
@@ -57,7 +58,7 @@ def class_prior(
     """
     if classes < 1:
         raise ValueError(f"classes={classes}: one or more are due")
-    if any(isinstance(n, Tracer) for n in (positives, total)):
+    if not tree.concrete(positives, total):
         return positives / (total * classes)
     pi = np.asarray(positives, float) / (float(total) * classes) if total else np.array(math.nan)
     if not ((pi > 0) & (pi < 1)).all():
@@ -88,7 +89,7 @@ def prior_bias(prior: float | Float[Array, "*classes"]) -> jax.nn.initializers.I
     >>> [round(p, 6) for p in jax.nn.sigmoid(bias).tolist()]
     [0.01, 0.01, 0.01]
     """
-    if not isinstance(prior, Tracer):
+    if tree.concrete(prior):
         value = np.asarray(prior, float)
         if not ((value > 0) & (value < 1)).all():
             raise ValueError(f"a prior strictly between 0 and 1 is due, and {prior} came")
@@ -123,7 +124,7 @@ def sampling_free_loss(
     """
     if logits.shape != targets.shape:
         raise ValueError(f"targets of shape {logits.shape} are due, and {targets.shape} came")
-    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    logits = tree.float32(logits)
     losses = optax.sigmoid_binary_cross_entropy(logits, targets.astype(logits.dtype))
     return losses.sum() / (targets.sum() + images)
 

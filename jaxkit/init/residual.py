@@ -12,7 +12,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
@@ -74,7 +73,7 @@ def convex_wire(blocks: int, g2: Number) -> Wire:
     """
     if blocks < 1:
         raise ValueError(f"blocks={blocks}: at least one block is due")
-    if not isinstance(g2, Tracer) and not 0 <= float(g2) <= 1:
+    if tree.concrete(g2) and not 0 <= float(g2) <= 1:
         raise ValueError(f"g2={g2}: a share of the variance in [0, 1] is due")
     share = jnp.full(blocks, g2, jnp.zeros(()).dtype)
     return Wire(jnp.sqrt(1 - share), jnp.sqrt(share), jnp.ones_like(share))
@@ -190,10 +189,9 @@ def rezero(*, where: tree.Where = "**/alpha") -> Callable[[PRNGKeyArray, PyTree]
     def init(key: PRNGKeyArray, params: PyTree) -> PyTree:
         del key
         leaves = tree.flatten(params)
-        chosen = tree.flatten(tree.select(params, where))
-        blocks = {path.rpartition("/")[0] + "/" for path, bit in chosen.items() if bit}
+        blocks = {path.rpartition("/")[0] + "/" for path in tree.chosen(params, where)}
         for path, leaf in leaves.items():
-            known = isinstance(leaf, jax.Array | np.ndarray) and not isinstance(leaf, Tracer)
+            known = isinstance(leaf, jax.Array | np.ndarray) and tree.concrete(leaf)
             inside = any(path.startswith(block) for block in blocks if block != "/")
             weight = inside and known and leaf.size and tree.is_weight(path, leaf)
             if weight and not np.asarray(leaf).any():

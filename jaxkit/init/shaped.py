@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from jaxkit import tree
+
 __all__ = ["shaped_attention", "shaped_relu", "shaped_relu_moment", "shaped_scale"]
 
 
@@ -73,7 +75,7 @@ def shaped_attention(
     if logits.ndim < 2 or logits.shape[-1] != logits.shape[-2]:
         raise ValueError(f"logits of shape (..., tokens, tokens) are due, and {logits.shape} came")
     allowed = jnp.ones((), bool) if mask is None else mask
-    wide = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    wide = tree.float32(logits)
     allowed = jnp.broadcast_to(allowed, wide.shape)
     count = allowed.sum(-1, keepdims=True)
     weights = jnp.where(allowed, jax.nn.softmax(wide, where=allowed | (count == 0)), 0)

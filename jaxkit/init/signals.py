@@ -94,7 +94,7 @@ def _apart(y: Array, axis: int | None, axis_name: Any) -> Float[Array, ""]:
         return jnp.full((), jnp.nan)
     average = lambda z: z if axis_name is None else lax.pmean(z, axis_name)
     n = y.shape[axis] * (1 if axis_name is None else lax.axis_size(axis_name))
-    y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
+    y = tree.float32(y)
     centered = y - average(y.mean(axis, keepdims=True))
     ratio = _rms(centered, axis_name) / _rms(y, axis_name)
     return jnp.square(ratio) * n / (n - 1)

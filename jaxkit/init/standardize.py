@@ -59,7 +59,7 @@ def standardize(
     over = tuple(axis for axis in range(w.ndim) if axis not in kept)
     if not over:
         raise ValueError(f"no axis of the shape {w.shape} is left to standardize over")
-    wide = w.astype(jnp.promote_types(w.dtype, jnp.float32))
+    wide = tree.float32(w)
     centred = wide - wide.mean(over, keepdims=True)
     centred = centred - centred.mean(over, keepdims=True)  # what the rounding of the mean left
     size = math.prod(w.shape[axis] for axis in over)
@@ -139,7 +139,7 @@ def standardized(
     Reference: Andrew Brock, Soham De, Samuel L. Smith, "Characterizing signal propagation to close
     the performance gap in unnormalized ResNets", arXiv 2101.08692.
     """
-    chosen = {path for path, bit in tree.flatten(tree.select(params, where)).items() if bit}
+    chosen = set(tree.chosen(params, where))
     if chosen != set(gains):
         raise ValueError(
             f"the gains are not those of where={where!r}: {sorted(chosen ^ set(gains))} are in one "
@@ -171,5 +171,5 @@ def signal_moments(x: Float[Array, "*batch channels"]) -> dict[str, Float[Array,
     the performance gap in unnormalized ResNets", arXiv 2101.08692.
     """
     over = tuple(range(x.ndim - 1))
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = tree.float32(x)
     return {"avg_sq_mean": jnp.square(x.mean(over)).mean(), "avg_var": x.var(over).mean()}

@@ -14,7 +14,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, PyTree
 
@@ -56,6 +55,7 @@ def crop(path: str, source: Array, target: Array) -> Array | None:
     It drops the last input of a first layer: the encoder that has seen ``[x, mask]`` is, on x, what
     it was on ``[x, 0]``.
 
+    >>> import jax.numpy as jnp
     >>> crop("kernel", jnp.arange(6.0).reshape(3, 2), jnp.zeros((2, 2))).tolist()
     [[0.0, 1.0], [2.0, 3.0]]
     """
@@ -71,12 +71,13 @@ def resize(path: str, source: Array, target: Array) -> Array | None:
 
     None where the numbers of dimensions differ. float32 inside.
 
+    >>> import jax.numpy as jnp
     >>> resize("positions", jnp.array([[0.0], [2.0]]), jnp.zeros((4, 1)))[:, 0].tolist()
     [0.0, 0.5, 1.5, 2.0]
     """
     if np.ndim(source) != np.ndim(target):
         return None
-    wide = source.astype(jnp.promote_types(source.dtype, jnp.float32))
+    wide = tree.float32(source)
     return jax.image.resize(wide, np.shape(target), "linear", antialias=False).astype(source.dtype)
 
 
@@ -111,6 +112,7 @@ def transplant(
       ValueError: no leaf of the target is filled; a leaf that `where` chooses is not, with the
         reason; two leaves of the source with one new path; an adapted leaf of another shape.
 
+    >>> import jax.numpy as jnp
     >>> source = {"encoder": {"kernel": jnp.ones((3, 2))}, "decoder": jnp.ones((2, 3))}
     >>> target = {"encoder": {"kernel": jnp.zeros((2, 2))}, "head": jnp.zeros((2, 5))}
     >>> params, report = transplant(source, target, adapt=crop)
