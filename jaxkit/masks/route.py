@@ -161,7 +161,8 @@ def mass(response: Float[Array, "*rows n"], r: float | Array | None) -> Bool[Arr
     With p = response / sum(response), sorted from large to small, channels stay while the
     cumulative sum of p is at most r + 1e-5: the one that crosses r goes, so how many stay depends
     on the input. At least one stays (the published code may keep none); equal ones keep the lower
-    index. It is scale-free, and a target: no gradient.
+    index. It is scale-free, and a target: no gradient. (The paper's other mode, a fixed number of
+    channels, is `largest`.)
 
     Args:
       response: nonnegative, one per channel: the largest |activation| of its feature map.

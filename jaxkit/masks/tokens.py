@@ -165,6 +165,7 @@ def attention(
     mask: Float[Array, "kv_heads n n"] | Bool[Array, "kv_heads n n"],
     *,
     scale: float | Array | None = None,
+    bounded: bool = False,
 ) -> Float[Array, "n heads size"]:
     r"""Attend through a mask that has a gradient: P_ij = M_ij exp(s_ij) / sum_k M_ik exp(s_ik).
 
@@ -179,6 +180,10 @@ def attention(
       v: values.
       mask: from `visible` or `soft_visible`; a token always sees itself.
       scale: of the scores; default: d^-1/2.
+      bounded: divide the derivative with respect to M_ij by the sum over all keys j <= i, as the
+        published kernel does, in place of the visible ones. The exact derivative (False) is
+        exp(s_ij) / sum_k M_ik exp(s_ik) large at hidden keys with large scores: a few such steps
+        stall Adam for a long time.
 
     Raises:
       ValueError: heads that are no multiple of kv_heads, or a mask of another shape.
@@ -198,7 +203,12 @@ def attention(
     mask = jnp.asarray(mask, scores.dtype)[:, None]
     seen = scores.max(-1, keepdims=True, where=mask != 0, initial=-jnp.inf)
     top = jax.lax.stop_gradient(jnp.minimum(scores.max(-1, keepdims=True), seen + 30))
-    weights = mask * jnp.exp(jnp.minimum(scores - top, 40))
+    powers = jnp.exp(jnp.minimum(scores - top, 40))
+    if bounded:
+        part = (mask * powers).sum(-1, keepdims=True) / powers.sum(-1, keepdims=True)
+        still = jax.lax.stop_gradient
+        mask = still(mask) + still(part) * (mask - still(mask))  # the value of mask, part of d mask
+    weights = mask * powers
     weights = weights / weights.sum(-1, keepdims=True)
     out = jnp.einsum("hgnm,mhe->nhge", weights.astype(v.dtype), v)
     return out.reshape(n, heads, -1)

@@ -182,9 +182,35 @@ def test_bad_input():
         tokens.draw(jax.random.PRNGKey(0), jnp.zeros((4, 3)))
 
 
+@pytest.mark.parametrize("kind", [jnp.float32, bool])
+def test_the_bounded_derivative_is_that_of_the_published_kernel(kind):
+    """dL/dM_ij = exp(s_ij) / sum over all j of exp(s_ij) (dP_ij - sum_k P_ik dP_ik)."""
+    q, k, v = qkv(11)
+    q, k, v = q[:, :1], k[:, :1], v[:, :1]
+    mask = tokens.visible(random_types(12, heads=(1,)), 1).astype(kind)
+    target = jax.random.normal(jax.random.key(13), (N, 1, D))
+    due = tokens.attention(q, k, v, mask)
+    np.testing.assert_allclose(tokens.attention(q, k, v, mask, bounded=True), due, rtol=1e-5)
+    if kind is bool:
+        return
+    fn = lambda m: (tokens.attention(q, k, v, m, bounded=True) * target).sum()
+    scores = np.where(np.tri(N), np.asarray(q[:, 0] @ k[:, 0].T) * D**-0.5, -np.inf)
+    power = np.exp(scores)
+    p = np.asarray(mask[0]) * power
+    p = p / p.sum(-1, keepdims=True)
+    dp = np.asarray(target[:, 0] @ v[:, 0].T)
+    due = power / power.sum(-1, keepdims=True) * (dp - (p * dp).sum(-1, keepdims=True))
+    np.testing.assert_allclose(jax.grad(fn)(mask)[0], due, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_the_cache_shrinks_with_the_factor_and_what_is_copied_stays():
-    """One layer copies the marked symbol among 14 to the end; types are read off the symbols."""
+    """One layer copies the marked symbol among 14 to the end; types are read off the symbols.
+
+    The marked token stays until the last query: as a global one (or, with factors near 1, as a
+    local one, which is cheaper and serves as well if no global token comes between). With the exact
+    derivative, which is huge at hidden keys, Adam stalls before the types are learned.
+    """
     symbols, n = 8, 16
 
     def data(key):
@@ -203,35 +229,35 @@ def test_the_cache_shrinks_with_the_factor_and_what_is_copied_stays():
             "head": normal(k[4], 16, symbols), "types": jnp.zeros((16, 3)),
         }  # fmt: skip
 
-    def one(params, x, marked, key):
+    def one(bounded, params, x, marked, key):
         h = params["embed"][x] + marked[:, None] * params["mark"]
         h = h.at[-1].add(params["last"][0])
         logits = jax.lax.stop_gradient(h) @ params["types"]
         z = tokens.draw(key, logits)
         q, k, v = jnp.moveaxis(jnp.einsum("nd,dce->nce", h, params["qkv"]), 1, 0)[:, :, None]
         mask = tokens.soft_visible(z, 2)
-        out = tokens.attention(q, k, v, mask[None])
-        return out[-1, 0] @ params["head"], tokens.life(z), mask.sum() / (n * (n + 1) / 2), z
+        out = tokens.attention(q, k, v, mask[None], bounded=bounded)
+        return out[-1, 0] @ params["head"], tokens.life(z), mask.sum() / (n * (n + 1) / 2), z[:, 0]
 
-    def loss_fn(params, key, factor):
+    def loss_fn(params, key, factor, bounded):
         batch, draw = jax.random.split(key)
         x, marked, y = data(batch)
         keys = jax.random.split(draw, 64)
-        out, life, share, z = jax.vmap(partial(one, params))(x, marked, keys)
+        out, life, share, kinds = jax.vmap(partial(one, bounded, params))(x, marked, keys)
         task = optax.softmax_cross_entropy_with_integer_labels(out, y).mean()
-        kept = (z[..., 0] * marked).sum() / 64
+        kept = (kinds * marked).sum() / 64
         return task + factor * life.mean(), ((out.argmax(-1) == y).mean(), share.mean(), kept)
 
     tx = optax.adam(1e-2)
 
-    @jax.jit
-    @jax.vmap
-    def train(factor):
+    @partial(jax.jit, static_argnums=1)
+    @partial(jax.vmap, in_axes=(0, None))
+    def train(factor, bounded):
         params = init(jax.random.key(0))
 
         def step(state, key):
             params, opt_state = state
-            grads, measured = jax.grad(loss_fn, has_aux=True)(params, key, factor)
+            grads, measured = jax.grad(loss_fn, has_aux=True)(params, key, factor, bounded)
             updates, opt_state = tx.update(grads, opt_state)
             return (optax.apply_updates(params, updates), opt_state), measured
 
@@ -239,9 +265,11 @@ def test_the_cache_shrinks_with_the_factor_and_what_is_copied_stays():
         _, measured = jax.lax.scan(step, (params, tx.init(params)), keys)
         return [m[-200:].mean() for m in measured]
 
-    accuracy, share, kept = train(jnp.array([0.0, 0.1, 1.0]))
-    print("accuracy", accuracy, "cache", share, "the copied token is global", kept)
-    assert (accuracy > 0.9).all()
+    accuracy, share, kept = train(jnp.array([0.0, 0.003, 0.03]), True)
+    _, exact, _ = train(jnp.array([0.03]), False)
+    print("accuracy", accuracy, "cache", share, "exact", exact, "the copied token is global", kept)
+    assert (accuracy > 0.98).all()
+    assert (kept > 0.98).all()
     assert share[0] > share[1] > share[2]
-    assert share[2] < 0.6
-    assert (kept > 0.8).all()
+    assert share[2] < share[0] - 0.1
+    assert exact[0] > share[2] + 0.05
