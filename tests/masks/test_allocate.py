@@ -1,12 +1,16 @@
 """Allocations: check values, exact budgets, the loop of the published code, what cannot be met."""
 
+import itertools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from jax.experimental.sparse import BCOO
 
+from experiments.data import load
 from jaxkit import masks, trace
 
 SHAPES = {"w0": (784, 300), "w1": (300, 100), "w2": (100, 10)}
@@ -187,6 +191,25 @@ def test_pointwise_convolutions_of_a_mobile_network():
     assert int(mask["expand/kernel"].sum()) == round(12.8)
 
 
+def test_a_sparse_matrix_is_the_masked_pointwise_convolution():
+    """What is exported for inference: (H W, in) times a stored sparse (in, out)."""
+    key = jax.random.key(0)
+    kernel, x = jax.random.normal(key, (1, 1, 8, 16)), jax.random.normal(key, (2, 5, 5, 8))
+    mask = masks.topk({"kernel": jnp.abs(kernel)}, sparsity=0.9)
+    kept = masks.apply({"kernel": kernel}, mask)["kernel"]
+
+    @jax.jit
+    def both(x, kept):
+        numbers = ("NHWC", "HWIO", "NHWC")
+        dense = jax.lax.conv_general_dilated(x, kept, (1, 1), "SAME", dimension_numbers=numbers)
+        stored = BCOO.fromdense(kept[0, 0].T, nse=13)
+        return dense, (stored @ x.reshape(-1, 8).T).T.reshape(dense.shape)
+
+    assert int(mask["kernel"].sum()) == 13
+    dense, sparse = both(x, kept)
+    np.testing.assert_allclose(sparse, dense, atol=1e-5)
+
+
 def test_a_chosen_leaf_of_size_zero_and_none_chosen():
     params = abstract({"w": (0, 3), "v": (2, 3)})
     assert masks.erk(params, 0.5) == {"w": 0.0, "v": 0.5}
@@ -225,3 +248,104 @@ def test_bad_input():
         masks.erk_plus(params, 0.5, last="*")
     with pytest.raises(ValueError, match="the same leaf, 'w0'"):
         masks.uniform_plus(params, 0.5, first="w0", last="w0")
+
+
+# ------------------------------------------------------------------- random pruning, trained
+
+
+def train(key, params, mask, x, y, steps=400, batch=64):
+    """Train an MLP with a static mask; Adam, learning rate 2e-3."""
+    tx = masks.sparse(optax.adam(2e-3), mask)
+
+    def loss(params, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(predict(params, x), y).mean()
+
+    def step(carry, key):
+        params, state = carry
+        i = jax.random.randint(key, (batch,), 0, len(y))
+        updates, state = tx.update(jax.grad(loss)(params, x[i], y[i]), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, tx.init(params)), jax.random.split(key, steps))[0][0]
+
+
+def predict(params, x):
+    x = jax.nn.relu(x @ params["w0"] + params["bias0"])
+    x = jax.nn.relu(x @ params["w1"] + params["bias1"])
+    return x @ params["w2"] + params["bias2"]
+
+
+def he(key, width):
+    sizes = (64, width, width, 10)
+    keys = jax.random.split(key, 3)
+    pairs = list(itertools.pairwise(sizes))
+    draw = lambda k, i, o: jax.random.normal(k, (i, o)) * math.sqrt(2 / i)
+    kernels = {f"w{n}": draw(k, *pair) for n, (k, pair) in enumerate(zip(keys, pairs, strict=True))}
+    return kernels | {f"bias{n}": jnp.zeros(o) for n, (_, o) in enumerate(pairs)}
+
+
+@pytest.fixture(scope="module")
+def digits():
+    data = load(train=1297, test=500)
+    sets = data.x.reshape(-1, 64), data.y, data.x_test.reshape(-1, 64), data.y_test
+    return tuple(map(jnp.asarray, sets))
+
+
+def test_sparsity_zero_trains_as_the_dense_network_bit_by_bit():
+    key = jax.random.key(0)
+    x, y = jax.random.normal(key, (40, 64)), jnp.arange(40) % 10
+    params = he(key, 8)
+    assert set(masks.erk(params, 0.0).values()) == {0.0}
+    whole = jax.tree.map(lambda w: jnp.ones_like(w, bool), params)
+    masked = jax.jit(lambda p: train(key, p, whole, x, y, 20))(params)
+
+    def dense(params):
+        tx = optax.adam(2e-3)
+
+        def step(carry, key):
+            i = jax.random.randint(key, (64,), 0, 40)
+            loss = lambda p: optax.softmax_cross_entropy_with_integer_labels(
+                predict(p, x[i]), y[i]
+            ).mean()
+            updates, state = tx.update(jax.grad(loss)(carry[0]), carry[1])
+            return (optax.apply_updates(carry[0], updates), state), None
+
+        return jax.lax.scan(step, (params, tx.init(params)), jax.random.split(key, 20))[0][0]
+
+    for path, w in jax.jit(dense)(params).items():
+        np.testing.assert_array_equal(masked[path], w)
+
+
+@pytest.mark.slow
+def test_width_closes_the_gap_of_random_pruning(digits):
+    """Digits, 64-w-w-10 at sparsity 0.9, three seeds: dense, ERK and uniform masks."""
+    x, y, x_test, y_test = digits
+    accuracy = {}
+    for width in (16, 256):
+        allocations = {
+            "dense": masks.uniform(he(jax.random.key(0), width), 0.0),
+            "erk": masks.erk(he(jax.random.key(0), width), 0.9),
+            "uniform": masks.uniform(he(jax.random.key(0), width), 0.9),
+        }
+
+        @jax.jit
+        def run(seed, sparsity, width=width):
+            key = jax.random.key(seed)
+            params = he(key, width)
+            scores = masks.random(key, params)
+            mask = {
+                p: s < 1 - sparsity[p] if s.ndim > 1 else jnp.ones_like(s, bool)
+                for p, s in scores.items()
+            }  # Bernoulli, as in the paper
+            trained = train(key, masks.apply(params, mask), mask, x, y)
+            return jnp.mean(predict(trained, x_test).argmax(1) == y_test)
+
+        both = jax.vmap(run, (0, None))
+        for name, allocation in allocations.items():
+            sparsity = {p: jnp.float32(s) for p, s in allocation.items()}
+            accuracy[name, width] = float(both(jnp.arange(3), sparsity).mean())
+    gap = {w: accuracy["dense", w] - accuracy["uniform", w] for w in (16, 256)}
+    assert gap[256] < 0.03 < 0.3 < gap[16]
+    assert accuracy["erk", 256] + accuracy["erk", 16] >= (
+        accuracy["uniform", 256] + accuracy["uniform", 16]
+    )
