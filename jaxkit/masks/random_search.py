@@ -1,7 +1,6 @@
 """Random search over subnetworks: the best of K random unit masks, by the loss as it is now."""
 
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
 from jaxkit.masks.score import random
-from jaxkit.masks.select import check_sparsity, keep_where, topk
+from jaxkit.masks.select import check_sparsity, keep_where, kept_count, topk
 from jaxkit.masks.structured import units
 from jaxkit.trace import named, resolve
 
@@ -56,7 +55,7 @@ def random_units(
     scores = random(key, {name: jnp.zeros(size) for name, size in free.items()})
     if isinstance(sparsity, int | float | np.number):
         for name, size in free.items():
-            if round((1 - Fraction(repr(float(sparsity)))) * size) < 1:
+            if kept_count(sparsity, size) < 1:
                 raise ValueError(
                     f"axis {name!r} of {size} units would be left without any: a sparsity below "
                     f"{1 - 0.5 / min(free.values()):g} was due"

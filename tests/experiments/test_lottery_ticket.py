@@ -9,8 +9,8 @@ from matplotlib.figure import Figure
 from experiments import lottery_ticket
 
 SMALL = replace(
-    lottery_ticket.Settings(), train=128, test=50, seeds=2, hidden=(16, 12), rounds=3, steps=20,
-    batch=32,
+    lottery_ticket.Settings(), train=128, test=50, seeds=2, hidden=(16, 12), rounds=3, steps=30,
+    batch=32, rewind=10,
 )  # fmt: skip
 
 
@@ -55,9 +55,20 @@ def test_masks_nest_and_lose_exactly_their_part(small):
 def test_the_first_round_is_dense_training(small):
     """All weights live, so a ticket and its shuffled mask are the same network."""
     _, rows = small
-    assert [row["arm"] for row in rows[:3]] == list(lottery_ticket.ARMS)
+    assert [row["arm"] for row in rows[:4]] == list(lottery_ticket.ARMS)
     assert rows[0]["test"] == rows[2]["test"] != rows[1]["test"]
-    assert rows[3]["test"] != rows[5]["test"]
+    arms = len(lottery_ticket.ARMS)
+    assert rows[arms]["test"] != rows[arms + 2]["test"]
+
+
+def test_the_rewound_arm_starts_from_the_dense_network_of_step_k(small):
+    states, rows = small
+    arm = lambda name: np.array([row["test"] for row in rows if row["arm"] == name])
+    ticket, late = arm(lottery_ticket.TICKET), arm(lottery_ticket.LATE)
+    np.testing.assert_array_equal(late[0][:, 0], ticket[0][:, 0])  # at step 10, idle until then
+    assert (late[0] != ticket[0]).any()  # the optimizer starts anew there
+    first, second = (states[-1][name]["layer_0"]["kernel"] for name in ("mask", "late"))
+    assert first.sum() == second.sum() and (first != second).any()
 
 
 def test_claims_and_figure_of_made_up_rows():
@@ -69,17 +80,18 @@ def test_claims_and_figure_of_made_up_rows():
             (0.5, 0.97 - 0.02 * number),
             (0.5, 0.97 - 0.04 * number),
         )
-        for arm, test in zip(lottery_ticket.ARMS, (ticket, new, shuffled), strict=True):
+        every = (ticket, new, shuffled, ticket)
+        for arm, test in zip(lottery_ticket.ARMS, every, strict=True):
             curve = test if number else (0.9, 0.97)
             rows.append({"round": number, "density": density, "arm": arm, "test": [curve, curve]})
     claims = lottery_ticket.claims(settings, rows)
-    assert [claim.holds for claim in claims] == [True, True, False, True, True]
+    assert [claim.holds for claim in claims] == [True, True, False, True, True, True]
     assert claims[1].measured == "200 steps, and 400 steps"
     assert claims[2].measured == "400 steps, and 400 steps"
     assert claims[3].measured == "6.0 points: 97.0% and 91.0%"
-    worse = [row | {"test": rows[-1]["test"]} if row["round"] else row for row in rows]
+    worse = [row | {"test": rows[-2]["test"]} if row["round"] else row for row in rows]
     claims = lottery_ticket.claims(settings, worse)
-    assert [claim.holds for claim in claims] == [False, False, True, False, False]
+    assert [claim.holds for claim in claims] == [False, False, True, False, False, True]
     assert claims[1].measured == "not within the run, and 400 steps"
     for some in (rows, worse):
         assert isinstance(lottery_ticket.plot(settings, some), Figure)
@@ -91,6 +103,7 @@ def test_settings_that_do_not_fit():
         ({"prune_output": 1.0}, "prune_output=1.0"),
         ({"rounds": 100}, "layer_1 has 2 weights in round [0-9]+: none would go"),
         ({"steps": 15}, "steps=15 is no multiple"),
+        ({"rewind": 30}, "rewind=30: a step before steps=30"),
         ({"batch": 129}, "batch=129 is more than train=128"),
     ):
         with pytest.raises(ValueError, match=match):
