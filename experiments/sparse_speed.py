@@ -215,7 +215,13 @@ def claims(settings: Settings, rows: list[Row]) -> list[Claim]:
     times = table(rows)
     dense = times["product", "dense"][0.0]
     at = {name: crossover(times["product", name], dense) for name in COLORS}
-    percent = lambda s: "nowhere" if s is None else f"from {figures.percent(s)} on"
+
+    def percent(s):
+        if s is None:
+            return "nowhere"
+        least = " (the least that was measured)" if s == min(settings.sparsities) else ""
+        return f"from {figures.percent(s)} on{least}"
+
     # masked, a network costs the same at every sparsity
     gain = lambda name: min(times[name, "masked"].values()) / times[name, "shrunk"][0.5]
     slower = times["product", "N:M"][0.5] / dense

@@ -29,8 +29,8 @@ def kurtosis(
     Impact of Outlier Channels for Language Model Quantization with Activation Regularization",
     arXiv:2404.03605. (The eps is our choice.)
 
-    >>> kurtosis(jnp.array([[1.0, -1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 8.0]]), eps=0).round(3).tolist()
-    [1.0, 2.333]
+    >>> kurtosis(jnp.array([[1.0, -1.0, 1.0, -1.0], [3.0, 3.0, 3.0, 3.0]]), eps=0).tolist()
+    [1.0, 0.0]
     """
     y = tree.float32(y)
     centered = y - y.mean(axis, keepdims=True)
@@ -63,9 +63,10 @@ def kurtosis_penalty(
     us; tokens are our choice.)
 
     >>> apply_fn = lambda params, x: x @ params["kernel"]
-    >>> out, penalty = kurtosis_penalty(apply_fn)({"kernel": jnp.eye(4)}, jnp.eye(4))
-    >>> penalty.round(2).item()
-    2.33
+    >>> x = jnp.array([[1.0, -1.0, 1.0, -1.0]])
+    >>> out, penalty = kurtosis_penalty(apply_fn, eps=0)({"kernel": jnp.eye(4)}, x)
+    >>> penalty.item()
+    1.0
     """
     tapped = taps(apply_fn, where)
 

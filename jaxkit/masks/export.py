@@ -3,7 +3,7 @@
 What they are worth has to be measured (``python -m experiments run sparse-speed``). On a CPU, at a
 batch of 64 and a side of 1024, blocks of 32 x 32 were faster than the dense product from about half
 zeros on, BCSR from about three quarters, BCOO from 99 % only and hundreds of times slower at half;
-2:4 took 1.4 times the dense time and 5/8 of the memory. Whole units (`masks.shrink`) are the best
+2:4 took 1.5 times the dense time and 5/8 of the memory. Whole units (`masks.shrink`) are the best
 bargain, for what is left is a smaller dense model.
 """
 
