@@ -16,7 +16,7 @@ Asher Trockman, J. Zico Kolter, arXiv 2305.09828.
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -285,7 +285,8 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
     """Draw learning curves, and the products of the weights at the start and at the end."""
     found = arms(rows)
     figure = Figure(figsize=(11.5, 5.0), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
+    halves: Any = figure.subfigures(1, 2, width_ratios=(1, 1.3))
+    left, right = halves
     a, b = left.subplots(2, 1, sharex=True)
     for (name, arm), color in zip(found.items(), (figures.RED, figures.BLUE), strict=True):
         epochs = 1 + np.arange(len(arm.loss))

@@ -84,7 +84,7 @@ def packed(advice: Advice) -> dict[str, Any]:
 
 def unpacked(columns: dict[str, Any]) -> Advice:
     """Return what was packed; the rest is NaN."""
-    empty = Row("", "", *[math.nan] * 8, True)
+    empty = Row._make(["", "", *[math.nan] * 8, True])
     each = zip(*(columns[field] for field in _FIELDS), strict=True)
     rows = tuple(empty._replace(**dict(zip(_FIELDS, values, strict=True))) for values in each)
     verdicts = tuple(Verdict(*verdict) for verdict in columns["verdicts"])
