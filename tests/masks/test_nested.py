@@ -190,9 +190,10 @@ def test_draws_are_uniform_over_the_product_and_nested():
     assert np.sum((counts - 1000) ** 2 / 1000) < 20.5  # chi2(5), 0.1%
     np.testing.assert_array_equal(nets["h0"], np.arange(8) < widths[:, :1])
     tied = sorted_space(PARAMS, {("h0", "h1"): [1, 8]}, AXES)
-    both = draw(jax.random.key(1), tied, 20)
+    both = jax.jit(lambda k: draw(k, tied, 20))(jax.random.key(1))
     np.testing.assert_array_equal(both["h0"], both["h1"])
-    part = draw(jax.random.key(0), sorted_space(PARAMS, {"h0": [1, 8]}, AXES), 4000, p=0.5)
+    two = sorted_space(PARAMS, {"h0": [1, 8]}, AXES)
+    part = jax.jit(lambda k: draw(k, two, 4000, p=0.5))(jax.random.key(0))
     assert abs(np.mean(part["h0"].sum(1) == 1) - 0.25) < 0.03  # half of the random half
 
 
@@ -211,6 +212,18 @@ def test_half_precision_sums_in_float32():
     _, grads = subnet_grad(linear, half, nets, ONE, AXES, same_batch=True)
     assert grads[0]["bias"].dtype == jnp.bfloat16
     assert (grads[0]["bias"] == 300).all()  # a sum in bfloat16 stops at 256
+
+
+def test_integer_leaves_get_zeros():
+    params = {"w": jnp.ones((1, 3)), "steps": jnp.array(3)}
+    axes = {"w": (None, "h"), "steps": ()}
+    loss = lambda p, batch: p["steps"] * p["w"].sum()
+    nets = {"h": jnp.array([[True, True, False]])}
+    losses, grads = subnet_grad(loss, params, nets, None, axes, same_batch=True)
+    assert losses.tolist() == [6]
+    assert grads["w"].tolist() == [[3, 3, 0]]
+    assert grads["steps"].dtype == params["steps"].dtype
+    assert grads["steps"] == 0
 
 
 def test_bad_input():
