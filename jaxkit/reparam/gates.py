@@ -188,7 +188,9 @@ def gate_units(
     At the end ``masks.shrink(params, {a: s > 0 for a, s in scores.items()}, axes)``. (The cost is
     that of the hard gates: of the soft ones, units that are never drawn would take a share. Under
     jit the shapes are fixed and closed units cost what open ones do: to save in training, `shrink`
-    by `opened` each epoch, and compile anew.)
+    by `opened` each epoch, and compile anew.) A whole residual branch, x + m f(x), has the gate of
+    the leaves that end it: ``leafwise(lambda key, path, w: start, lambda s, w: w * gate(s, beta),
+    where=...)``.
 
     Args:
       params: a tree of arrays.

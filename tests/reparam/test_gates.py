@@ -158,6 +158,22 @@ def test_a_closed_unit_gets_no_gradient_but_its_score_the_penalty():
     assert (jnp.abs(ds["one"][::2] - 0.05) > 1e-4).all()
 
 
+def test_the_gate_of_a_residual_branch():
+    params = {"in": jnp.ones((3, 4)), "out": jnp.ones((4, 3)), "bias": jnp.ones((3,))}
+    branch = lambda p, x: jnp.tanh(x @ p["in"]) @ p["out"] + p["bias"]
+    x = jax.random.normal(KEY, (5, 3))
+    r = reparam.leafwise(
+        lambda key, path, w: jnp.float32(0.4),
+        lambda s, w: w * reparam.gate(s, 2.0),
+        where=["out", "bias"],
+    )
+    theta = r.init(KEY, params)
+    m = jax.nn.sigmoid(0.8)
+    np.testing.assert_allclose(
+        x + branch(r.apply(theta, params), x), x + m * branch(params, x), rtol=1e-5
+    )
+
+
 def test_bad_units():
     _, params, x, axes, roles = _net()
     with pytest.raises(ValueError, match="no axis is named 'three'"):
