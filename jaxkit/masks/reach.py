@@ -184,6 +184,7 @@ MOVES = frozenset({
 })
 # The same, where what comes after the first operands is an index that is known.
 INDEXED = {"gather": 1, "dynamic_slice": 1, "dynamic_update_slice": 2}
+SCATTERS = {"scatter": lax.scatter, "scatter-add": lax.scatter_add}
 REDUCTIONS = frozenset({"reduce_max", "reduce_min", "reduce_or", "reduce_and", "reduce_xor"})
 # Element by element, alive where an operand is, or where f(0) is not 0.
 SUMS = frozenset({
@@ -209,6 +210,11 @@ def _rule(eqn: Any, name: str, cells: list[Cell]) -> list[Flow] | None:
         return _both(lambda x: [x.sum(params["axes"])], cells)
     if name in INDEXED:
         return _look_up(eqn, name, cells)
+    if name in SCATTERS and not isinstance(cells[1], Flow):
+        names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+        put, own = SCATTERS[name], {n: params[n] for n in names}
+        ends = [_flow(cells[0]), _flow(cells[2])]
+        return _both(lambda x, new: [put(x, cells[1], new, **own)], ends)
     if name in ("cummax", "cummin"):
         return _both(lambda x: [lax.cumsum(x, params["axis"], params["reverse"])], cells)
     if name in ("reduce_window_max", "reduce_window_min"):

@@ -197,6 +197,20 @@ def test_an_embedding_may_be_looked_up_at_every_row():
     assert found["table"].any(1).tolist() == [True, False, False, False, True]
 
 
+@pytest.mark.parametrize("add", [False, True])
+def test_what_is_written_into_a_buffer_leads_on_from_there(add):
+    def apply_fn(p, x):
+        at = jnp.zeros((2, 5)).at[:, jnp.array([0, 3])]
+        both = (at.add if add else at.set)(x @ p["w"])
+        return both @ p["v"]
+
+    mask = {"w": jnp.ones((3, 2), bool), "v": jnp.zeros((5, 1), bool).at[2:4].set(True)}
+    found = find(apply_fn, mask, jnp.ones((2, 3)))
+    assert found.unfollowed == ()
+    assert found.mask["w"].tolist() == [[False, True]] * 3
+    assert found.mask["v"][:, 0].tolist() == [False, False, False, True, False]
+
+
 def test_biases_start_ways_if_asked():
     apply_fn = lambda p, x: jax.nn.relu(x @ p["up"] + p["bias"]) @ p["down"]
     mask = {"up": jnp.ones((2, 3), bool).at[:, 1].set(False), "bias": jnp.ones(3, bool)}
