@@ -8,6 +8,7 @@ import pytest
 
 from jaxkit import masks
 from jaxkit.masks.dynamic import cosine, drop_by_sign
+from tests.masks import digits
 from tests.masks.test_train import counts, problem, train
 
 KEY = jax.random.key(0)
@@ -208,3 +209,47 @@ def test_options_that_cannot_be(make, match):
 def test_set_needs_a_typed_key():
     with pytest.raises(TypeError, match=r"jax\.random\.key"):
         masks.set(MOMENTUM, None, key=jax.random.PRNGKey(0))
+
+
+# ---------------------------------------------------------------------------------- in training
+
+
+def static(key, p):
+    return masks.topk(masks.random(key, p), sparsity=masks.uniform(p, 0.98))
+
+
+def erk(key, p, sparsity=0.98):
+    return masks.topk(masks.random(key, p), sparsity=masks.erk(p, sparsity))
+
+
+SGD = optax.sgd(0.1, momentum=0.9)
+TRAINED = {
+    "static": lambda key, p: masks.sparse(SGD, static(key, p)),
+    "rigl": lambda key, p: masks.rigl(SGD, erk(key, p), every=50, end=900),
+    "gradual": lambda key, p: masks.gradual(SGD, 0.98, end=900, every=50, initial_sparsity=0.5),
+    "granet": lambda key, p: masks.granet(
+        SGD, 0.98, end=900, steps=1200, every=50, mask=erk(key, p, 0.5), initial_sparsity=0.5
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TRAINED)
+def test_moving_masks_train_where_a_static_random_one_does_not(name):
+    """Digits, 64-256-256-10 at sparsity 0.98 and 1200 steps of SGD, three seeds."""
+    x, x_test, y, y_test = digits.data()
+
+    @jax.jit
+    def run(key):
+        params = digits.init(key)
+        params, state = digits.fit(key, TRAINED[name](key, params), params, x, y, 1200)
+        alive = sum(masks.current(state)[f"w{i}"].sum() for i in range(3))
+        return digits.accuracy(params, x_test, y_test), alive
+
+    found = [run(jax.random.key(seed)) for seed in range(3)]
+    accuracy = np.array([a for a, _ in found])
+    assert all(abs(int(alive) - 0.02 * 84_480) <= 2 for _, alive in found)
+    if name == "static":
+        assert accuracy.mean() <= 0.75, accuracy
+    else:
+        assert accuracy.min() >= 0.93, accuracy
