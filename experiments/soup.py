@@ -332,7 +332,9 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
         a.scatter(*xy, s=130 if mark == "*" else 60, label=kind, zorder=3, **style)
     a.set(title="a  Every model and every soup", xlabel="test accuracy (%)")
     a.set_ylabel("accuracy on shifted images (%)")
-    a.legend(loc="lower left", fontsize=8)
+    low, high = a.get_ylim()
+    a.set_ylim(low - 0.22 * (high - low), high)
+    a.legend(loc="lower left", fontsize=8, ncols=3)
 
     places = np.arange(len(colors))
     for name, hatch, offset in (("test", None, -0.2), ("shifted", "////", 0.2)):

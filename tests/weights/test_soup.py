@@ -182,18 +182,23 @@ SIZES = (64, 128, 128, 10)
 
 
 @partial(jax.jit, static_argnames=("steps", "keep"))
-def train(params, x, y, lr, key, steps, keep=1):
-    """SGD with momentum on batches of 64; returns `keep` snapshots, the last is the end."""
+def train(params, x, y, lr, key, steps, keep=1, smoothing=0.0, head=1.0):
+    """SGD with momentum on batches of 64; returns `keep` snapshots, the last is the end.
+
+    The gradient of the last layer is multiplied by `head`.
+    """
     tx = optax.inject_hyperparams(partial(optax.sgd, momentum=0.9))(learning_rate=lr)
 
     def loss(params, rows):
-        ce = optax.softmax_cross_entropy_with_integer_labels
-        return ce(logits(params, x[rows]), y[rows]).mean()
+        labels = optax.smooth_labels(jax.nn.one_hot(y[rows], 10), smoothing)
+        return optax.softmax_cross_entropy(logits(params, x[rows]), labels).mean()
 
     def step(carry, key):
         params, state = carry
         rows = jax.random.randint(key, (64,), 0, len(x))
-        updates, state = tx.update(jax.grad(loss)(params, rows), state, params)
+        grads = jax.grad(loss)(params, rows)
+        grads["layer_2"] = jax.tree.map(lambda g: head * g, grads["layer_2"])
+        updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
     def many(carry, keys):
@@ -272,3 +277,83 @@ def test_the_average_of_checkpoints_under_label_noise(digits):
     singles = scores(test, course)
     average = test(weights.merge(None, course, weights.average()))
     assert average >= singles[-1] + 0.05
+
+
+@pytest.mark.slow
+def test_runs_are_averaged_under_one_head(digits):
+    """Runs from one body: under one frozen head the average is as good as the best of them; under
+    heads of their own, that are trained, it is worse than each.
+    """
+    data = load(train=1300, test=497)
+    heads = jax.vmap(lambda k: init(k, SIZES)["layer_2"])(jax.random.split(jax.random.key(5), 4))
+    keys = jax.random.split(jax.random.key(6), 4)
+    x, y = jnp.asarray(data.x[300:]), jnp.asarray(data.y[300:])
+
+    def tune(head, key, trained):
+        start = digits["pre"] | {"layer_2": head}
+        return at(train(start, x, y, 0.05, key, 400, head=trained), -1)
+
+    shared = jax.vmap(tune, (None, 0, None))(at(heads, 0), keys, 0.0)
+    own = jax.vmap(tune, (0, 0, None))(heads, keys, 1.0)
+    one, other = (
+        digits["test"](weights.merge(None, runs, weights.average())) for runs in (shared, own)
+    )
+    assert one >= max(scores(digits["test"], shared)) - 0.005
+    assert other < min(scores(digits["test"], own)) - 0.01
+    assert one > other + 0.02
+
+
+@pytest.mark.slow
+def test_a_smooth_fine_tuning_is_less_sure_out_of_distribution(digits):
+    """BANG: one bright pixel tells the class in fine-tuning, and a random class at the test."""
+    data = load(train=1300, test=497)
+    rng = np.random.default_rng(0)
+
+    def marked(x, y):
+        x = x.copy()
+        x[np.arange(len(y)), y // 8, y % 8] = 1.0
+        return jnp.asarray(x)
+
+    x, y = marked(data.x[300:], data.y[300:]), jnp.asarray(data.y[300:])
+    x_ood = marked(data.x_test, rng.integers(0, 10, 497))
+    tune = lambda s: at(train(digits["pre"], x, y, 0.05, jax.random.key(7), 400, smoothing=s), -1)
+    sure, cells = [], []
+    for smoothing in (0.0, 0.3):
+        tuned = tune(smoothing)
+        out = [logits(p, x_ood) for p in (
+            digits["pre"], tuned, weights.interpolate(digits["pre"], tuned, 0.5))]  # fmt: skip
+        sure.append((float(jax.nn.softmax(out[1]).max(1).mean()), float(out[1].std())))
+        cells.append(weights.flips(data.y_test, *(o.argmax(1) for o in out)))
+    assert sure[1][0] < sure[0][0] - 0.2 and sure[1][1] < 0.6 * sure[0][1]
+    assert all(c[0, 0, 1] > 0 for c in cells)
+    np.testing.assert_allclose([c.sum() for c in cells], 1.0, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_fused_bodies_are_as_good_a_start_as_a_random_source():
+    """Pretrained on 0 to 2, sources 3-4 and 5-6, target 7 to 9 with five images a class."""
+    data = load(train=1300, test=497)
+    of = lambda classes: jnp.asarray(np.flatnonzero(np.isin(data.y, classes)))
+    x, y = jnp.asarray(data.x), jnp.asarray(data.y)
+    few = jnp.concatenate([of([c])[:5] for c in (7, 8, 9)])
+    test = np.isin(data.y_test, [7, 8, 9])
+    x_test, y_test = jnp.asarray(data.x_test[test]), jnp.asarray(data.y_test[test])
+
+    def run(key):
+        keys = jax.random.split(key, 6)
+        fit = lambda start, rows, lr, key, **options: at(
+            train(start, x[rows], y[rows], lr, key, 100, **options), -1
+        )
+        pre = fit(init(keys[0], SIZES), of([0, 1, 2]), 0.05, keys[1])
+        sources = [fit(pre, of(c), 0.02, k) for c, k in (([3, 4], keys[2]), ([5, 6], keys[3]))]
+        fresh = init(keys[4], SIZES)
+        body = ["layer_0/*", "layer_1/*"]
+        fused = weights.merge(fresh, sources, weights.average(), where=body)
+        starts = [fused, *(weights.merge(fresh, [m], weights.average(), where=body)
+                           for m in (*sources, pre))]  # fmt: skip
+        ends = [fit(start, few, 0.02, keys[5]) for start in starts]
+        return jnp.stack([(logits(p, x_test).argmax(1) == y_test).mean() for p in ends])
+
+    means = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 10)).mean(0)
+    fused, first, second, pretrained = means.tolist()
+    assert fused >= (first + second) / 2 - 0.02
