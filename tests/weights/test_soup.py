@@ -355,5 +355,5 @@ def test_fused_bodies_are_as_good_a_start_as_a_random_source():
         return jnp.stack([(logits(p, x_test).argmax(1) == y_test).mean() for p in ends])
 
     means = jax.jit(jax.vmap(run))(jax.random.split(jax.random.key(0), 10)).mean(0)
-    fused, first, second, pretrained = means.tolist()
+    fused, first, second, _ = means.tolist()
     assert fused >= (first + second) / 2 - 0.02
