@@ -4,7 +4,7 @@ Whether a deep network trains is decided before its first step. Each layer multi
 the signal, forward, and of the gradient, backward, by a factor that the initialization sets; a
 hundred layers raise it to the hundredth power. Glorot's and He's variances are right for one
 activation each: with another one, or in a plain sum of residual branches, the signal dies or
-explodes. `jaxkit.init.advise` finds the layer, from one batch and before any training. Six
+explodes. ``jaxkit.init.advise`` finds the layer, from one batch and before any training. Six
 initializations keep the signal, and with them the same networks train: ZerO, the edge of chaos,
 LSUV, IDInit, ReZero and DeepScaleLM.
 
@@ -56,7 +56,7 @@ class Settings:
     seeds: int = 3
     """Runs of every network, each from its own weights."""
     depth: int = 100
-    """Layers, an even number."""
+    """Layers, an even number from 8 on."""
     width: int = 64
     """Units in a layer."""
     sigma_b: float = 0.1
@@ -145,8 +145,8 @@ def layers(draw):
 
 def networks(settings: Settings, inputs: int, classes: int) -> list[Net]:
     """Return the networks, those that fail first."""
-    if settings.depth < 6 or settings.depth % 2:
-        raise ValueError(f"depth={settings.depth}: an even number from 6 on is due")
+    if settings.depth < 8 or settings.depth % 2:
+        raise ValueError(f"depth={settings.depth}: an even number from 8 on is due")
     width, blocks = settings.width, settings.depth // 2 - 1
     spec = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     layer = lambda n, m, *stack: {"kernel": spec(*stack, n, m), "bias": spec(*stack, m)}

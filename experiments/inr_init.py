@@ -3,9 +3,9 @@
 An image can be stored as a network from coordinates to colours. Its activations are unusual, a fast
 sine or a narrow bump, and no rule for ReLU serves them. VI3NR chooses the deviation of the
 preactivations, the same in every layer, and has the gain that keeps it for any activation
-(`jaxkit.init.vi3nr`). For the bump ``exp(-x^2 / 2 s^2)`` gradients are kept as well where the
-deviation is 1.55 s (`jaxkit.init.balanced_sigma`). The sine has no such point, and the deviation of
-its phases is a setting here.
+(``jaxkit.init.vi3nr``). For the bump ``exp(-x^2 / 2 s^2)`` gradients are kept as well where the
+deviation is 1.55 s (``jaxkit.init.balanced_sigma``). The sine has no such point, and the deviation
+of its phases is a setting here.
 
 Here a photograph, reduced eightfold to 53 by 80 pixels, is learned with Adam by networks of four
 hidden layers, with three starts: VI3NR, that of SIREN (made for the sine), and the default of

@@ -2,7 +2,7 @@
 
 In trained vision Transformers the products of the attention weights look alike in every layer:
 ``W_Q W_K^T`` resembles the identity, ``W_V W_O`` its negative. "Mimetic Initialization of
-Self-Attention Layers" starts there (`jaxkit.init.mimetic_attention`), which helps most where
+Self-Attention Layers" starts there (``jaxkit.init.mimetic_attention``), which helps most where
 images are few: the paper gains 5 points on CIFAR-10, with full training.
 
 Here a small Transformer reads the digits as 16 patches of 2 by 2 pixels, with fixed positions (also
