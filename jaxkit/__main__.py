@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module, metadata
+from typing import Any
 
 from jaxkit._cli import text
 
@@ -17,6 +18,9 @@ examples:
   python -m jaxkit inspect checkpoints/7 --where "**/kernel"
   python -m jaxkit inspect model.safetensors --json | jq .total.sparsity
   python -m jaxkit diff base.safetensors tuned.safetensors
+  python -m jaxkit merge --method ties --base base.safetensors a.safetensors b.safetensors \
+      --sparsity 0.8 --scale 0.4 -o merged.safetensors
+  python -m jaxkit prune model.safetensors --sparsity 0.9 -o sparse.safetensors
 """
 
 _INSPECT = (
@@ -113,7 +117,86 @@ def _parser() -> argparse.ArgumentParser:
     diff.add_argument("--where", metavar="GLOB", action="append", help="as for inspect")
     diff.add_argument("--json", action="store_true", help="print JSON")
     diff.set_defaults(command="diff")
+    _add_merge(commands)
+    _add_prune(commands)
     return parser
+
+
+def _add_merge(commands: Any) -> None:
+    merge = commands.add_parser(
+        "merge",
+        help="merge checkpoints into a new one",
+        description="Merge fine-tuned checkpoints, leaf by leaf: the memory of a few leaves, "
+        "whatever their size. Leaves are merged as base + scale * combined deltas, keep their "
+        "dtypes, and appear under the output's name when all are written. With --config FILE, a "
+        "TOML file gives base, models, output, method and options, and [[rules]] with `where`, "
+        "`method` and options for some leaves: the first that matches applies.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="""\
+methods and their options:
+  average            --weights (also without a base)
+  task-arithmetic    --weights
+  ties               --weights --sparsity --scope
+  dare, dare-ties    --weights --drop-rate --q --seed
+  breadcrumbs        --weights --sparsity --outliers --scope
+  model-stock
+  copy               (in rules) the leaf of the base
+
+example:
+  python -m jaxkit merge --method ties --base base.safetensors a.safetensors b.safetensors \\
+      --sparsity 0.8 --scale 0.4 -o merged.safetensors""",
+    )
+    merge.add_argument("models", nargs="*", metavar="MODEL", help="a checkpoint, as for inspect")
+    merge.add_argument("--base", metavar="FILE", help="what the models were fine-tuned from")
+    merge.add_argument("--method", metavar="NAME", help="see below")
+    merge.add_argument("--config", metavar="FILE", help="a TOML file; options here go before it")
+    merge.add_argument("--scale", type=float, metavar="X", help="of the merged delta (1)")
+    merge.add_argument("--weights", type=float, nargs="+", metavar="X", help="one number a model")
+    merge.add_argument("--sparsity", type=float, metavar="X", help="the fraction of zeros")
+    merge.add_argument("--outliers", type=float, metavar="X", help="of them, the largest entries")
+    merge.add_argument("--drop-rate", type=float, metavar="X", help="the probability to drop")
+    merge.add_argument("--q", type=float, metavar="X", help="the divisor (1 - drop rate)")
+    merge.add_argument("--seed", type=int, metavar="N", help="of random draws (0)")
+    merge.add_argument("--scope", choices=["leaf", "tree"], help="what is ranked together")
+    merge.add_argument("--where", metavar="GLOB", action="append", help="leaves to merge (all)")
+    _add_output(merge)
+    merge.add_argument(
+        "--shard-gb", type=float, default=5.0, metavar="X", help="the size of a shard (5)"
+    )
+    merge.set_defaults(command="merge")
+
+
+def _add_prune(commands: Any) -> None:
+    prune = commands.add_parser(
+        "prune",
+        help="set the smallest weights of a checkpoint to zero",
+        description="Keep the weights with the largest magnitudes and set the others to zero, "
+        "exactly as many as the sparsity asks for, one leaf at a time.",
+    )
+    prune.add_argument("file", metavar="FILE", help="a checkpoint, as for inspect")
+    prune.add_argument(
+        "--sparsity", type=float, required=True, metavar="X", help="zeros, in [0, 1)"
+    )
+    prune.add_argument(
+        "--allocation",
+        choices=["global", "uniform", "erk"],
+        default="global",
+        help="rank all chosen leaves together, each by itself, or with Erdos-Renyi-Kernel ratios",
+    )
+    prune.add_argument("--where", metavar="GLOB", action="append", help="leaves (the weights)")
+    _add_output(prune)
+    prune.set_defaults(command="prune")
+
+
+def _add_output(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="FILE",
+        help="a .safetensors file, or a .safetensors.index.json for shards beside it",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace what is there")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done")
 
 
 def _version() -> str:

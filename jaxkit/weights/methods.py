@@ -28,7 +28,7 @@ def given(weights: Weights) -> Callable[[str, Array], Array]:
     """Return ``(path, deltas) -> coefficients`` of what a caller gave."""
     if weights is None:
         return lambda path, deltas: jnp.ones(len(deltas))
-    shared = isinstance(weights, list | tuple | np.ndarray | jax.Array)
+    shared = _shared(weights)
     each = {} if shared else tree.flatten(weights)
 
     def of(path: str, deltas: Array) -> Array:
@@ -40,6 +40,11 @@ def given(weights: Weights) -> Callable[[str, Array], Array]:
         return c
 
     return of
+
+
+def _shared(weights: Weights) -> bool:
+    """Tell whether all leaves have the same weights."""
+    return weights is None or isinstance(weights, list | tuple | np.ndarray | jax.Array)
 
 
 def average(weights: Weights = None, *, normalize: bool = True) -> Method:
@@ -85,7 +90,7 @@ def average(weights: Weights = None, *, normalize: bool = True) -> Method:
             raise ValueError(f"the weights of {path!r} sum to 0")
         return combine(deltas, c, normalize=normalize)
 
-    return Method(weighted, needs_base=False)
+    return Method(weighted, needs_base=False, blend=weighted if _shared(weights) else None)
 
 
 def task_arithmetic(weights: Weights = None) -> Method:
@@ -165,7 +170,8 @@ def ties(
         return combine(deltas, jnp.where(agree, c, 0), normalize=reduce == "mean")
 
     trimmed = not (isinstance(sparsity, int | float) and sparsity == 0)
-    return after(window(sparsity, 0.0, scope), Method(elect)) if trimmed else Method(elect)
+    method = Method(elect, blend=elect if _shared(weights) else None)
+    return after(window(sparsity, 0.0, scope), method) if trimmed else method
 
 
 def dare(

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, PRNGKeyArray
 
 from jaxkit import _rank as rank
@@ -18,14 +19,31 @@ from jaxkit.weights.merge import Deltas, Method
 
 Scope = str | int
 
-__all__ = ["Scope", "Step", "after", "check_share", "drop", "scoped", "window"]
+__all__ = ["Drop", "Scope", "Step", "Window", "after", "check_share", "drop", "scoped", "window"]
 
 
 class Step(NamedTuple):
-    """A `Method` but for its result, which is still one delta a model."""
+    """A `Method` but for its result, which is still one delta a model; and what it is, as data."""
 
     apply: Callable[[str, Array, Any], Array]
-    prepare: Callable[[Deltas], dict[str, Any]] | None = None
+    prepare: Callable[[Deltas], dict[str, Any]] | None
+    recipe: "Window | Drop"
+
+
+class Window(NamedTuple):
+    """The arguments of `window`."""
+
+    sparsity: Any
+    outliers: Any
+    scope: Any
+
+
+class Drop(NamedTuple):
+    """The arguments of `drop`."""
+
+    key: PRNGKeyArray
+    drop_rate: Any
+    rescale: Callable[[str], Any]
 
 
 def after(step: Step, method: Method) -> Method:
@@ -44,7 +62,8 @@ def after(step: Step, method: Method) -> Method:
         return method.combine(path, step.apply(path, deltas, first), second)
 
     together = step.prepare is not None or method.prepare is not None
-    return Method(combine, prepare if together else None)
+    steps = (step.recipe, *method.steps)
+    return Method(combine, prepare if together else None, steps=steps, blend=method.blend)
 
 
 def scoped(
@@ -120,7 +139,8 @@ def window(sparsity: float | Array, outliers: float | Array = 0.0, scope: Scope 
             kept = jnp.moveaxis(kept, -1, axis + 1)
         return jnp.where(kept, deltas, 0)
 
-    return Step(apply, prepare if scope == "tree" else None)
+    recipe = Window(sparsity, outliers, scope)
+    return Step(apply, prepare if scope == "tree" else None, recipe)
 
 
 def _top(x: Deltas, k: Any) -> dict[str, Bool[Array, "..."]]:
@@ -135,7 +155,7 @@ def _counted(x: Deltas, start: rank.Pair, stop: rank.Pair) -> dict[str, Any]:
         tops = [_top(x, k) for k in (start, stop)]
         return {path: tuple(rank.count(top[path]) for top in tops) for path in x}
 
-    return jax.vmap(of_one_model)(x) if x else {}
+    return lax.map(of_one_model, x) if x else {}
 
 
 @partial(jax.jit, static_argnames=("above", "lines", "own"))
@@ -148,9 +168,12 @@ def _between(
         kept = _top({"": x}, stop)[""]
         return kept & ~_top({"": x}, start)[""] if above else kept
 
-    for _ in range(lines):
-        line = jax.vmap(line, (0, 0, 0) if own else (0, None, None))
-    return line(x, start, stop)
+    for _ in range(lines - 1):
+        line = jax.vmap(line, (0, None, None))
+    # one model after another: the search among equals is skipped where there are none
+    if own:
+        return lax.map(lambda args: line(*args), (x, start, stop))
+    return lax.map(lambda x: line(x, start, stop), x)
 
 
 def _axis(path: str, axis: int, ndim: int) -> int:
@@ -179,7 +202,7 @@ def drop(key: PRNGKeyArray, drop_rate: float | Array, rescale: Callable[[str], A
         kept = _drawn(own, 1 - drop_rate, deltas.shape)
         return jnp.where(kept, deltas / rescale(path), 0)
 
-    return Step(apply)
+    return Step(apply, None, Drop(key, drop_rate, rescale))
 
 
 @partial(jax.jit, static_argnames="shape")
