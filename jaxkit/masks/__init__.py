@@ -15,7 +15,8 @@ from jaxkit.masks.allocate import (
 from jaxkit.masks.connect import connect, er_width
 from jaxkit.masks.continual import Task, Transfer, cl_dst, recall, remember, transfer
 from jaxkit.masks.costs import Costs, costs, flops
-from jaxkit.masks.dynamic import gradual, granet, grow, regrow, rigl, set, update_mask
+from jaxkit.masks.dynamic import gradual, granet, rigl, set
+from jaxkit.masks.exchange import grow, regrow, update_mask
 from jaxkit.masks.export import (
     BlockSparse,
     NOfM,

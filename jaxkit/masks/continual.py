@@ -9,7 +9,8 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
-from jaxkit.masks.dynamic import cosine, drop_by_sign, drop_each, grow
+from jaxkit.masks.dynamic import cosine
+from jaxkit.masks.exchange import drop_by_sign, drop_each, grow
 from jaxkit.masks.score import magnitude, random
 from jaxkit.masks.select import Mask, apply
 from jaxkit.masks.train import Memory, constrain, sparse

@@ -1,8 +1,7 @@
 """Masks that change in training: prune, drop and grow, as rules of `sparse`.
 
-One step is `update_mask`: prune to a sparsity, then let a share of the survivors drop out and as
-many grow elsewhere. Pruning alone is `gradual`, growth alone is `set` (at random) and `rigl` (by
-gradient), and both together are `granet`.
+Pruning alone is `gradual`, exchange alone is `set` (grown at random) and `rigl` (by gradient), and
+both together are `granet`.
 """
 
 from typing import Any
@@ -12,138 +11,15 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from jaxkit import _rank as rank
 from jaxkit import tree
-from jaxkit.masks.score import magnitude, random
-from jaxkit.masks.select import Mask, check_sparsity, prune, topk
-from jaxkit.masks.train import sparse
+from jaxkit.masks.exchange import check_rate, drop_by_sign, grow, update_mask
+from jaxkit.masks.score import random
+from jaxkit.masks.select import Mask, check_sparsity
+from jaxkit.masks.train import first_mask, sparse
 
 First = Any  # a mask, or a function of the first params that returns it
 
-__all__ = ["gradual", "granet", "grow", "regrow", "rigl", "set", "update_mask"]
-
-
-def grow(
-    mask: Mask,
-    growth: PyTree,
-    like: Mask,
-    *,
-    where: tree.Where = None,
-    into: Mask | None = None,
-) -> Mask:
-    """Grow every leaf to as many live entries as it has in another mask: the best that are out.
-
-    Args:
-      mask: a tree of bools like params, what stays.
-      growth: what dead entries promise, like params.
-      like: the mask whose count is due, leaf by leaf (before something was dropped, say).
-      where: the leaves that grow; default: the weights.
-      into: a mask of what may grow. If that is not enough room, fewer come in.
-
-    >>> mask, like = {"w": jnp.array([True, False, False])}, {"w": jnp.array([True, True, False])}
-    >>> grow(mask, {"w": jnp.array([9.0, 1.0, 2.0])}, like, where="w")["w"].tolist()
-    [True, False, True]
-    """
-    due = jax.tree.map(lambda new, old: rank.minus(rank.count(old), rank.count(new)), mask, like)
-    out = jax.tree.map(jnp.logical_not, mask)
-    if into is not None:
-        out = jax.tree.map(jnp.logical_and, out, into)
-    grown = tree.topk(growth, due, where=where, within=out)
-    chosen = tree.select(growth, where)
-    return jax.tree.map(lambda bit, m, g: m | g if bit else m, chosen, mask, grown)
-
-
-def regrow(
-    mask: Mask,
-    scores: PyTree,
-    growth: PyTree,
-    *,
-    drop_rate: float | Array,
-    where: tree.Where = None,
-) -> Mask:
-    """Drop the live entries with the lowest scores and grow as many, leaf by leaf.
-
-    In a leaf with n live entries, r = round(drop_rate n) with the smallest scores leave; then the r
-    with the largest growth among all that are out, the ones just dropped included, come in. So n
-    stays what it was.
-
-    Args:
-      mask: a tree of bools like params.
-      scores: what live entries are worth (`magnitude` of the params, say).
-      growth: what dead entries promise (`magnitude` of the dense gradient, or `random`).
-      drop_rate: the share of the live entries that may move, in [0, 1].
-      where: the leaves that change; default: the weights.
-
-    Raises:
-      ValueError: a drop_rate outside [0, 1], and trees that do not fit.
-
-    >>> mask = {"w": jnp.array([[True, True, False, False]])}
-    >>> scores, growth = {"w": jnp.array([[3.0, 1.0, 0, 0]])}, {"w": jnp.array([[0.0, 1, 2, 5]])}
-    >>> regrow(mask, scores, growth, drop_rate=0.5)["w"].tolist()
-    [[True, False, False, True]]
-    """
-    _check_rate(drop_rate)
-    return grow(drop_each(mask, scores, drop_rate, where=where), growth, mask, where=where)
-
-
-def drop_each(
-    mask: Mask, scores: PyTree, drop_rate: float | Array, *, where: tree.Where = None
-) -> Mask:
-    """Prune every chosen leaf for itself by the same share."""
-    rates = jax.tree.map(lambda _: drop_rate, scores)
-    return prune(mask, scores, rates, where=tree.select(scores, where))
-
-
-def _check_rate(*rates: float | Array) -> None:
-    for rate in rates:
-        if isinstance(rate, int | float) and not 0 <= rate <= 1:
-            raise ValueError(f"drop_rate is {rate}, and a share in [0, 1] is due")
-
-
-def update_mask(
-    key: PRNGKeyArray | None,
-    mask: Mask,
-    params: PyTree,
-    grads: PyTree | None,
-    *,
-    sparsity: float | Array | PyTree | None = None,
-    drop_rate: float | Array = 0.0,
-    where: tree.Where = None,
-) -> Mask:
-    """Prune to a sparsity, then move a share of the survivors: one step of dynamic sparse training.
-
-    First, with `sparsity`, the live entries with the largest |w| stay (`topk` within the mask), so
-    masks nest. Then, with `drop_rate`, every leaf drops that share of its live entries, smallest
-    |w| first, and grows as many (`regrow`): where |dL/dw| is largest if there are gradients, else
-    at random. The first alone is gradual magnitude pruning, the second alone RigL, both GraNet.
-
-    Args:
-      key: a typed key for random growth, else None.
-      mask: the mask in force.
-      params: the params in force.
-      grads: the dense gradient at the masked params (never through ``params * mask``, which is zero
-        at every dead entry), or None to grow at random.
-      sparsity: as in `topk`.
-      drop_rate: the share of live entries that move, in [0, 1].
-      where: the leaves that change; default: the weights.
-
-    Raises:
-      ValueError: growth with neither gradients nor a key, and what `topk` raises.
-
-    >>> mask, params = {"w": jnp.array([[True, True, False]])}, {"w": jnp.array([[3.0, 1.0, 0.0]])}
-    >>> grads = {"w": jnp.array([[0.0, 0.0, 1.0]])}
-    >>> update_mask(None, mask, params, grads, drop_rate=0.5)["w"].tolist()
-    [[True, False, True]]
-    """
-    tree.check_like(params, mask, "mask")
-    if sparsity is not None:
-        mask = topk(magnitude(params), sparsity=sparsity, where=where, within=mask)
-    if isinstance(drop_rate, int | float) and drop_rate == 0:
-        return mask
-    if grads is None and key is None:
-        raise ValueError("growth needs the dense gradients (grads), or a key to grow at random")
-    growth = magnitude(grads) if key is None or grads is not None else random(key, params)
-    return regrow(mask, magnitude(params), growth, drop_rate=drop_rate, where=where)
+__all__ = ["cosine", "gradual", "granet", "rigl", "set"]
 
 
 # ---------------------------------------------------------------------------------- schedules
@@ -191,6 +67,28 @@ def _check_cubic(sparsity: Any, initial: Any, begin: Any, end: Any, every: Any) 
             raise ValueError(f"sparsity{at} is {s}, below initial_sparsity={initial}")
 
 
+def _check_kept(params: PyTree, sparsity: Any, where: tree.Where) -> None:
+    """Raise if known sparsities leave a leaf, or one of all chosen leaves, without an entry."""
+    kept = lambda s, n: round((1 - s) * n)
+    if isinstance(sparsity, int | float):
+        sizes = [w.size for w in tree.chosen(params, where).values()]
+        n = sum(sizes)
+        if n and kept(sparsity, n) < len(sizes):
+            raise ValueError(
+                f"sparsity={sparsity} keeps {kept(sparsity, n)} entries for {len(sizes)} leaves; "
+                f"at most {1 - len(sizes) / n:.6g} leaves one to each"
+            )
+    elif jax.tree.structure(sparsity) == jax.tree.structure(params):
+        pairs = zip(tree.flatten(sparsity).items(), jax.tree.leaves(params), strict=True)
+        for (path, s), w in pairs:
+            known = isinstance(s, int | float) and tree.is_inexact(w) and w.size
+            if known and kept(s, w.size) < 1:
+                raise ValueError(
+                    f"sparsity at {path!r} is {s}, and keeps none of its {w.size} entries; "
+                    f"at most {1 - 1 / w.size:.6g} keeps one"
+                )
+
+
 def _dense(params: PyTree) -> Mask:
     return jax.tree.map(lambda w: jnp.ones_like(w, bool), params)
 
@@ -223,7 +121,8 @@ def gradual(
       where: the leaves to prune; default: the weights.
 
     Raises:
-      ValueError: a sparsity outside [0, 1) or below the first one, begin not before end.
+      ValueError: a sparsity outside [0, 1) or below the first one, begin not before end; at
+        `init`, a sparsity that leaves a leaf, or one of all leaves, without an entry.
 
     Reference: M. Zhu, S. Gupta, "To prune, or not to prune: exploring the efficacy of pruning for
     model compression", arXiv:1710.01878.
@@ -244,7 +143,11 @@ def gradual(
         now = _cubic(sparsity, step, initial_sparsity, begin, end)
         return update_mask(key, mask, params, None, sparsity=now, where=where)
 
-    return sparse(tx, _dense, update=rule, every=every, begin=begin, end=end)
+    def first(params):
+        _check_kept(params, sparsity, where)
+        return _dense(params)
+
+    return sparse(tx, first, update=rule, every=every, begin=begin, end=end)
 
 
 def rigl(
@@ -288,7 +191,7 @@ def rigl(
     >>> state.mask["kernel"].tolist()
     [[True, False, True]]
     """
-    _check_rate(drop_rate)
+    check_rate(drop_rate)
 
     def rule(key, mask, params, grads, step):
         rate = cosine(step, drop_rate, end)
@@ -342,26 +245,13 @@ def set(
     >>> state.mask["kernel"][0, jnp.array([0, 3])].tolist(), int(state.mask["kernel"].sum())
     ([True, True], 4)
     """
-    _check_rate(drop_rate)
+    check_rate(drop_rate)
 
     def rule(key, mask, params, grads, step):
         kept = drop_by_sign(mask, params, drop_rate, where=where)
         return grow(kept, random(key, params), mask, where=where)
 
     return sparse(tx, mask, update=rule, every=every, begin=every, end=end, key=key)
-
-
-def drop_by_sign(
-    mask: Mask, params: PyTree, drop_rate: float | Array, *, where: tree.Where = None
-) -> Mask:
-    """Drop a share of the positive live entries and of the others, those nearest zero, by leaf."""
-    chosen = tree.select(params, where)
-    positive = jax.tree.map(lambda m, w: m & (w > 0) if tree.is_inexact(w) else m, mask, params)
-    other = jax.tree.map(lambda m, w: m & ~(w > 0) if tree.is_inexact(w) else m, mask, params)
-    sides = [
-        drop_each(side, magnitude(params), drop_rate, where=chosen) for side in (positive, other)
-    ]
-    return jax.tree.map(jnp.logical_or, *sides)
 
 
 def granet(
@@ -409,7 +299,8 @@ def granet(
 
     Raises:
       ValueError: a sparsity outside [0, 1) or below the first one, a rate outside [0, 1], begin not
-        before end, `every` longer than that span.
+        before end, `every` longer than that span; at `init`, a sparsity that leaves a leaf, or one
+        of all leaves, without an entry.
 
     Reference: S. Liu et al., "Sparse Training via Boosting Pruning Plasticity with
     Neuroregeneration", arXiv:2106.10404.
@@ -423,7 +314,7 @@ def granet(
     [[True, False, False, True]]
     """
     _check_cubic(sparsity, initial_sparsity, begin, end, every)
-    _check_rate(drop_rate, last_drop_rate)
+    check_rate(drop_rate, last_drop_rate)
     numbers = isinstance(sparsity, int | float) and isinstance(initial_sparsity, int | float)
     pruned = not (numbers and sparsity == initial_sparsity)
     still = all(isinstance(r, int | float) and r == 0 for r in (drop_rate, last_drop_rate))
@@ -433,4 +324,8 @@ def granet(
         rate = 0.0 if still else cosine(step, drop_rate, steps, last_drop_rate)
         return update_mask(None, mask, params, grads, sparsity=now, drop_rate=rate, where=where)
 
-    return sparse(tx, mask, update=rule, every=every, begin=begin, end=None)
+    def first(params):
+        _check_kept(params, sparsity, where)
+        return first_mask(mask, params)
+
+    return sparse(tx, first, update=rule, every=every, begin=begin)

@@ -68,6 +68,15 @@ class ConstrainState(NamedTuple):
     memory: PyTree = None
 
 
+def first_mask(mask: Mask | Callable[[PyTree], Mask], params: PyTree) -> Mask:
+    """Return the mask, or what it makes of the params if it is a function.
+
+    (A module of Equinox can be called, too, and is a tree.)
+    """
+    made = callable(mask) and jax.tree_util.all_leaves([mask])
+    return mask(params) if made else mask
+
+
 def _fit(mask: Mask, params: PyTree) -> Mask:
     """Copy the mask (donating the state must not take the caller's array), checked."""
     if not jax.tree.leaves(params):  # an empty tree, or the placeholder of optax.tree.map_params
@@ -101,7 +110,8 @@ def sparse(
         copied into the state, so that a checkpoint of the state is complete and donation safe.
       update: a rule ``(key, mask, params, grads, step) -> mask`` that is called, under ``cond``, at
         the steps begin, begin + every, ... and end, with the dense gradient, before the update. The
-        state of `tx` is initialized anew at the entries that change sides.
+        state of `tx` is initialized anew at the entries that change sides, in all arrays of the
+        leaf's shape (so also in the factors of a matrix preconditioner, if the leaf is square).
       every, begin, end: when; traced numbers are fine.
       key: a typed key for rules that draw; each call of the rule gets ``fold_in(key, step)``.
       memory: what the rule remembers; it gets that as its sixth argument.
@@ -178,9 +188,7 @@ def _masked(kind, outside, tx, mask, update, every, begin, end, key, memory):
         tree.check_key(key)
 
     def init(params):
-        # (a module of Equinox is callable, and a tree)
-        made = callable(mask) and jax.tree_util.all_leaves([mask])
-        first = _fit(mask(params) if made and jax.tree.leaves(params) else mask, params)
+        first = _fit(first_mask(mask, params) if jax.tree.leaves(params) else mask, params)
         seen = None if memory is None else memory.init(params, first)
         return kind(jnp.zeros((), jnp.int32), first, tx.init(params), key, seen)
 

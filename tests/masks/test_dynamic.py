@@ -7,7 +7,8 @@ import optax
 import pytest
 
 from jaxkit import masks
-from jaxkit.masks.dynamic import cosine, drop_by_sign
+from jaxkit.masks.dynamic import cosine
+from jaxkit.masks.exchange import drop_by_sign
 from tests.masks import digits
 from tests.masks.test_train import counts, problem, train
 
@@ -204,6 +205,20 @@ def test_set_reaches_every_entry_in_time():
 def test_options_that_cannot_be(make, match):
     with pytest.raises(ValueError, match=match):
         make(MOMENTUM)
+
+
+@pytest.mark.parametrize(
+    "make", [masks.gradual, lambda tx, s, end: masks.granet(tx, s, end=end, steps=9)]
+)
+def test_a_leaf_that_would_lose_all_its_entries(make):
+    params, _, _ = problem()
+    sparsity = {"a": {"kernel": 0.5, "bias": 0.0}, "c": {"kernel": 0.98}}
+    with pytest.raises(
+        ValueError, match=r"at 'c/kernel' is 0.98, .* of its 21 entries; at most 0.95"
+    ):
+        make(MOMENTUM, sparsity, end=500).init(params)
+    with pytest.raises(ValueError, match=r"keeps 1 entries for 2 leaves; at most 0.964286"):
+        make(MOMENTUM, 0.99, end=500).init(params)
 
 
 def test_set_needs_a_typed_key():
