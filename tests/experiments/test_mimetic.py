@@ -59,7 +59,8 @@ def test_claims_and_figure(small):
         if "epoch" in row:
             row = row | {"test": [0.9, 0.8 + 0.02 * ahead], "loss": [1.0, 1.0 - 0.5 * ahead]}
         else:
-            row = row | {"qk diagonal": [0.1, 0.2], "vo diagonal": [-0.1, -0.1]}
+            size = 0.3 if ahead else 0.01
+            row = row | {"qk diagonal": [size, size], "vo diagonal": [-size, -size]}
         made_up.append(row)
     claims = mimetic.claims(SMALL, made_up)
     assert [claim.holds for claim in claims] == [True, True, True, False]
