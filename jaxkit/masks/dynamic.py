@@ -71,7 +71,7 @@ def _check_kept(params: PyTree, sparsity: Any, where: tree.Where) -> None:
     """Raise if known sparsities leave a leaf, or one of all chosen leaves, without an entry."""
     kept = lambda s, n: round((1 - s) * n)
     if isinstance(sparsity, int | float):
-        sizes = [w.size for w in tree.chosen(params, where).values()]
+        sizes = [w.size for w in tree.chosen(params, where).values() if w.size]
         n = sum(sizes)
         if n and kept(sparsity, n) < len(sizes):
             raise ValueError(
