@@ -62,7 +62,8 @@ def test_papers_as_json(capsys):
 
 def test_papers_grep(capsys):
     assert run(capsys, "papers", "--grep", "FRANKLE")[1].startswith("The Lottery Ticket")
-    titles = [p["title"] for p in json.loads(run(capsys, "papers", "--grep", "snip: ", "--json")[1])]
+    found = json.loads(run(capsys, "papers", "--grep", "snip: ", "--json")[1])
+    titles = [paper["title"] for paper in found]
     assert [title[:4] for title in titles] == ["SNIP"]
     assert run(capsys, "papers", "--grep", "xyzzy") == (1, "", "no paper mentions 'xyzzy'\n")
     assert run(capsys, "papers", "--grep", "xyzzy", "--json") == (1, "[]\n", "")

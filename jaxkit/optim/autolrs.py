@@ -1,7 +1,7 @@
 """AutoLRS: the learning rate of every stage, by Bayesian optimization of what it will lead to."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 from jaxtyping import Float
@@ -152,7 +152,7 @@ def autolrs(
                 y = np.where(np.isfinite(values), values, worst)
                 y = (y - y.mean()) / (y.std() or 1.0)
                 kernel = Matern(length_scale=1.0, nu=2.5) + WhiteKernel(1e-3)
-                process = GaussianProcessRegressor(kernel, optimizer=None).fit(x, y)
+                process: Any = GaussianProcessRegressor(kernel, optimizer=cast(Any, None)).fit(x, y)
                 mean, std = process.predict(grid[:, None], return_std=True)
                 place = int(np.argmin(np.where(free, mean - exploration * std, np.inf)))
             free[place] = False
