@@ -230,15 +230,17 @@ def _renew(tx, state, old: Mask, new: Mask, params: PyTree) -> optax.OptState:
     masked = lambda s: isinstance(s, optax.MaskedNode)
     here = lambda s, c: c if own(s) and jnp.shape(s) == jnp.shape(c) else False
 
+    rest = lambda part: jax.tree.map(lambda _: False, part)
+
     def mark(part):  # what stands where params do; statistics of another structure stay
         if jax.tree.structure(part, is_leaf=masked) != jax.tree.structure(changed):
-            return jax.tree.map(lambda _: False, part)
+            return rest(part)
         return jax.tree.map(
             lambda s, c: s if masked(s) else here(s, c), part, changed, is_leaf=masked
         )
 
     marks = optax.tree_utils.tree_map_params(
-        tx, mark, state, transform_non_params=lambda _: False, is_leaf=lambda _: True
+        tx, mark, state, transform_non_params=rest, is_leaf=lambda _: True
     )
     fresh = lambda s, f, c: s if c is False else jnp.where(c, f, s)
     return jax.tree.map(fresh, state, tx.init(params), marks)

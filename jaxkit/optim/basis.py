@@ -44,7 +44,11 @@ class Basis(NamedTuple):
 
 
 class BasisState(NamedTuple):
-    """The state of `in_basis`: updates seen, Adam's moments in coordinates, the bases."""
+    """The state of `in_basis`: updates seen, Adam's moments in coordinates, the bases.
+
+    `mu` and `nu` are trees like params, of the shapes of the coordinates; `bases` has statistics in
+    the place of leaves.
+    """
 
     count: Int[Array, ""]
     mu: PyTree
@@ -96,10 +100,14 @@ def in_basis(
         shapes = [shape(*args) for args in zip(own, stats, leaves, strict=True)]
         zeros = lambda: jax.tree.unflatten(structure, [jnp.zeros(x.shape, x.dtype) for x in shapes])
         start = jnp.zeros((), jnp.int32)
-        return BasisState(start, zeros(), zeros(), jax.tree.unflatten(structure, stats))
+        # one leaf where there are no params, so that bases are none to optax.tree.map_params
+        bases_of = jax.tree.unflatten(structure, stats) if leaves else start
+        return BasisState(start, zeros(), zeros(), bases_of)
 
     def update(updates: PyTree, state: BasisState, params: PyTree = None, **_: Any):
         leaves, structure = jax.tree.flatten(updates)
+        if not leaves:
+            return updates, state
         own = of_leaves(updates)
         w = leaves if params is None else jax.tree.leaves(params)
         t = state.count + (0 if skip_first else 1)

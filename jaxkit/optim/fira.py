@@ -150,6 +150,7 @@ def _low_rank(rank: int, scale: Any, where: tree.Where, residual: str | None, li
         if where is None:
             chosen = {path for path, leaf in chosen.items() if len(leaf.shape) == 2}
         shapes = {path: jnp.shape(leaf) for path, leaf in tree.flatten(params).items()}
-        return {p: basis(p, s) if p in chosen else whole for p, s in shapes.items()}
+        some = lambda path, shape: path in chosen and 0 not in shape
+        return {p: basis(p, s) if some(p, s) else whole for p, s in shapes.items()}
 
     return bases

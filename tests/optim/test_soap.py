@@ -149,6 +149,25 @@ def test_sparse_soap_keeps_zeros():
     assert not np.any(got["w"][~masks.current(state)["w"]])
 
 
+def test_soap_on_eight_devices_is_soap_on_one():
+    mesh = jax.make_mesh((2, 4), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x", "y"))
+    params = {"w": jnp.asarray(RNG.normal(size=(8, 8)), jnp.float32)}
+    g = {"w": jnp.asarray(RNG.normal(size=(6, 8, 8)), jnp.float32)}
+    tx = optim.soap(0.01, every=2, eps=1e-3)
+    (want, _), _ = run(tx, params, g)
+    spread = jax.device_put(params, place)
+    (got, state), _ = run(tx, spread, g)
+    np.testing.assert_allclose(got["w"], want["w"], atol=1e-4)
+    copies = jax.tree.map(lambda x: jnp.stack([x] * 8), params)
+    each, _ = jax.pmap(lambda p: run(tx, p, g)[0])(copies)
+    np.testing.assert_allclose(each["w"][3], want["w"], atol=1e-4)
+    specs = optax.tree_utils.tree_map_params(
+        tx, lambda s, spec: spec, state, {"w": "spec"}, transform_non_params=lambda s: None
+    )
+    assert specs[0].mu == {"w": "spec"} and specs[0].bases is None
+
+
 # -------------------------------------------------------------------------------- Fira, GaLore
 
 
