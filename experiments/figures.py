@@ -58,7 +58,8 @@ def spread(values) -> np.ndarray:
     """Return how far the range of the last axis reaches below and above the mean: error bars."""
     values = np.asarray(values)
     mean = values.mean(-1)
-    return np.stack([mean - values.min(-1), values.max(-1) - mean])
+    # the mean of equal values may be an ulp off them
+    return np.maximum(np.stack([mean - values.min(-1), values.max(-1) - mean]), 0)
 
 
 def percent(fraction: float) -> str:

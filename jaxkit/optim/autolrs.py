@@ -1,5 +1,6 @@
 """AutoLRS: the learning rate of every stage, by Bayesian optimization of what it will lead to."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
@@ -34,7 +35,8 @@ def forecast(
     """Extrapolate a loss curve: a exp(b x) + c with b < 0, fitted to a smoothed series, at x = at.
 
     Outliers leave first: of the 3% largest residuals of a quadratic spline, those in the first
-    half, ten times over (of a validation loss the single largest, once).
+    half, ten times over (of a validation loss the single largest, once). (What is left is smoothed
+    as far as its noise asks for, and the fit is to these points.)
 
     Args:
       losses: of steps 0, spacing, 2 spacing, ...
@@ -63,6 +65,15 @@ def forecast(
     if validation and y.max() <= y[0] and y.min() >= y[0]:
         return float(y[-1])
     x = spacing * np.arange(len(y), dtype=np.float64)
+
+    def smoothed() -> np.ndarray:
+        # as smooth as the noise asks for, which fourth differences tell
+        noise = 1.4826 * np.median(np.abs(np.diff(y, 4))) / np.sqrt(70)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of losses that have no noise to smooth
+            spline = UnivariateSpline(left_x, left, k=2, s=len(left) * noise**2)
+            return np.asarray(spline(left_x))
+
     middle, left_x, left = x[len(x) // 2], x, y
     for _ in range(1 if validation else 10):
         if len(left) < 8:
@@ -72,10 +83,10 @@ def forecast(
         worst = np.argsort(-residual, kind="stable")[:most]
         gone = [i for i in worst if residual[i] > 0 and (validation or left_x[i] < middle)]
         left_x, left = np.delete(left_x, gone), np.delete(left, gone)
-    smooth = UnivariateSpline(left_x, left, k=2)(x) if len(left) >= 3 else y
+    smooth = smoothed() if len(left) >= 8 else left
 
     def solve(b):
-        design = np.stack([np.exp(b * x), np.ones_like(x)], axis=1)
+        design = np.stack([np.exp(b * left_x), np.ones_like(left_x)], axis=1)
         coefficients = np.linalg.lstsq(design, smooth, rcond=None)[0]
         return coefficients, float(np.sum((design @ coefficients - smooth) ** 2))
 

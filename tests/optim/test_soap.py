@@ -239,7 +239,7 @@ def test_the_residual_grows_by_a_hundredth_at_most():
         np.testing.assert_allclose(state[0].bases["w"].residual, norms[-1], rtol=1e-3)
     norms = np.array(norms)
     assert np.all(norms[1:] <= 1.01 * norms[:-1] * (1 + 2e-3))
-    assert norms[10] > 1.005 * norms[9]
+    assert np.any(norms[1:] >= 1.009 * norms[:-1])  # the limit is met
 
 
 def test_a_first_residual_of_zero_does_not_hold_back_the_others():
