@@ -42,7 +42,7 @@ def jackpots(mask: Mask, *, where: tree.Where = None) -> Reparam:
     >>> r = jackpots({"kernel": jnp.array([[True, False]])})
     >>> theta = r.init(jax.random.key(0), params)
     >>> theta["kernel"].tolist(), r.apply(theta, params)["kernel"].tolist()
-    ([[1.0, 0.9900000095367432]], [[3.0, -0.0]])
+    ([[1.0, 0.9900000095367432]], [[3.0, 0.0]])
     """
     own = tree.flatten(mask)
     zeros = jax.nn.initializers.zeros

@@ -56,7 +56,7 @@ def supermask(
     hard: Callable[[Theta], Mapping[str, Array]],
     *,
     soft: Callable[[Array], Array] = lambda s: s,
-    value: Callable[[Array, Array], Array] = lambda w, e: w * e,
+    value: Callable[[Array, Array], Array] = lambda w, e: jnp.where(e == 0, 0, w * e),
     where: tree.Where = None,
 ) -> Reparam:
     """Return the reparametrization by a mask over frozen weights, of which the others are special.

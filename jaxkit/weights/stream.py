@@ -125,6 +125,18 @@ def merge_files(
       ValueError: what `plan` raises; integers that differ between checkpoints, NaN in a leaf that
         is merged (with its path and file), a damaged file.
       FileExistsError, FileNotFoundError.
+
+    >>> import tempfile
+    >>> from safetensors.numpy import load_file, save_file
+    >>> from jaxkit import weights
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     names = [f"{folder}/{name}.safetensors" for name in ("base", "a", "b", "out")]
+    ...     for i, name in enumerate(names[:3]):
+    ...         save_file({"w": np.full(2, i, np.float32)}, name)
+    ...     rule = Rule("**", weights.task_arithmetic(), scale=0.5)
+    ...     tasks = merge_files(names[3], names[0], names[1:3], [rule])
+    ...     load_file(names[3])["w"].tolist()
+    [1.5, 1.5]
     """
     tasks = plan(base, models, rules)
     opened = _open(base, models)
