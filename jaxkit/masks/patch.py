@@ -55,7 +55,7 @@ def difference(
     """Cut out what fine-tuning changed: phi = w_after - w_before, entry by entry.
 
     Runs on the host: how many entries there are depends on the values. The patch is a tree of
-    arrays, which orbax and pickle keep.
+    arrays, which orbax keeps.
 
     Args:
       after: the params after it, trained inside ``constrain(tx, mask)``.
