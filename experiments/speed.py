@@ -109,6 +109,7 @@ def training(key, settings: Settings):
         "sparse": masks.sparse(adam, mask),
         "rigl, no change": masks.rigl(adam, mask, every=10**9, end=10**9),
         "rigl, a change": masks.rigl(adam, mask, every=1, end=10**9),
+        "rigl, a change by sorting": masks.sparse(adam, mask, update=by_sorting),
     }.items():
 
         @partial(jax.jit, donate_argnums=(0, 1))
@@ -126,6 +127,24 @@ def training(key, settings: Settings):
         call()
         out["train", name] = call
     return out
+
+
+def by_sorting(key, mask, params, grads, step):
+    """Move three tenths of a leaf's live entries by sorting its scores, as jaxpruner does."""
+
+    def first(scores, count):
+        order = jnp.argsort(-scores.ravel())
+        place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
+        return (place < count).reshape(scores.shape)
+
+    def change(path, w, m, g):
+        moved = jnp.round(0.3 * m.sum()).astype(int)
+        kept = first(jnp.where(m, jnp.abs(w), -1), m.sum() - moved)
+        return kept | first(jnp.where(kept, -1, jnp.abs(g)), moved)
+
+    chosen = tree.select(params)
+    new = tree.map(change, params, mask, grads)
+    return jax.tree.map(lambda bit, n, m: n if bit else m, chosen, new, mask)
 
 
 def tracing(settings: Settings):
@@ -191,6 +210,10 @@ def claims(settings: Settings, rows: list[Row]) -> list[Claim]:
     ratio = time_of["rank", "sort"] / time_of["rank", "kth_largest"]
     whole = time_of["rank", "sort"] / time_of["rank", "topk"]
     entries = f"{settings.entries / 1e6:g} million entries"
+    still = time_of["train", "rigl, no change"]
+    own, other = (
+        time_of["train", name] - still for name in ("rigl, a change", "rigl, a change by sorting")
+    )
     axes = time_of["trace", "axes"]
     return [
         Claim(
@@ -210,6 +233,12 @@ def claims(settings: Settings, rows: list[Row]) -> list[Claim]:
             "at least 5 times",
             f"{whole:.1f} times",
             whole >= 5,
+        ),
+        Claim(
+            "The mask is changed faster than by sorting every leaf, the algorithm of jaxpruner",
+            "at least twice as fast",
+            f"{other / own:.1f} times" if own > 0 else f"{own:.3f} s against {other:.3f} s",
+            other > 2 * own,
         ),
         *(
             Claim(
