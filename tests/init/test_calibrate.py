@@ -13,6 +13,7 @@ from flax import nnx
 from jaxkit import tree
 from jaxkit.init.calibrate import calibrate, lsuv
 from jaxkit.trace.taps import taps
+from tests.counting import counting
 
 KEY = jax.random.key(0)
 X = jax.random.normal(jax.random.key(1), (24, 6))
@@ -69,12 +70,12 @@ def test_twenty_relu_layers_take_one_multiplication_each():
 
 def test_target_traced_and_order_of_the_batch():
     params = kernels(3)
-    fit = jax.jit(lambda p, x, target: calibrate(relu_net, p, x, target=target))
+    fit, traces = counting(lambda p, x, target: calibrate(relu_net, p, x, target=target))
     for target in (0.5, 2.0):
         out, report = fit(params, X, target)
         close(list(report.after.values()), target)
         close(list(deviations(relu_net, out, X).values()), target)
-    assert fit._cache_size() == 1
+    assert len(traces) == 1
     assert list(report.before) == ["0", "1", "2"]
     shuffled, _ = fit(params, X[::-1], 2.0)
     jax.tree.map(close, shuffled, out)

@@ -11,6 +11,7 @@ import pytest
 from experiments.data import load
 from jaxkit import masks, trace
 from jaxkit.masks.nested import draw, prefix, sandwich, sorted_space, subnet, subnet_grad
+from tests.counting import counting
 
 SIZES = (6, 8, 8, 3)
 
@@ -58,13 +59,15 @@ def test_the_axes_by_hand_are_those_of_the_model():
 
 
 def test_every_prefix_computes_what_the_slice_computes_in_one_compilation():
-    run = jax.jit(lambda b, c: logits(masked(prefix(PARAMS, {"h0": b, "h1": c}, AXES)), X[0]))
+    run, traces = counting(
+        lambda b, c: logits(masked(prefix(PARAMS, {"h0": b, "h1": c}, AXES)), X[0])
+    )
     for b, c in [(b, c) for b in range(1, 9) for c in (1, 3, 8)]:
         unit_mask = {"h0": np.arange(8) < b, "h1": np.arange(8) < c}
         small, sizes, _ = masks.shrink(PARAMS, unit_mask, AXES)
         assert sizes == {"h0": b, "h1": c}
         np.testing.assert_allclose(run(b, c), by_hand(small, X[0]), rtol=1e-5, atol=1e-5)
-    assert run._cache_size() == 1
+    assert len(traces) == 1
 
 
 def test_a_norm_that_does_not_see_the_slice_is_another_function():

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jaxkit import masks, trace
 from jaxkit.masks import subnets
 from jaxkit.masks.nested import draw, prefix, sandwich, subnet
+from tests.counting import counting
 
 D, HEADS, SIZE, UNITS, DEPTH = 6, 3, 2, 5, 2
 
@@ -132,16 +133,17 @@ FULL = {name: np.ones(3 if "heads" in name else 5, bool) for layer in LAYERS for
 
 def test_masked_networks_are_the_removed_ones_and_cost_their_entries():
     dead = 0
+    run, traces = counting(masked_logits)
     for unit_mask in some_networks():
         unit_mask = FULL | unit_mask
         small = removed(unit_mask)
-        got = masked_logits(unit_mask)
+        got = run(unit_mask)
         np.testing.assert_allclose(got, apply_fn(small, X, xp=np), rtol=2e-4, atol=2e-4)
         count = subnets.entries(PARAMS, unit_mask, axes(), branches=BRANCHES)
         assert count == sum(x.size for x in jax.tree.leaves(small))
         dead += sum(not mask.any() for mask in unit_mask.values())
     assert dead > 5
-    assert masked_logits._cache_size() == 1
+    assert len(traces) == 1
 
 
 def test_without_the_branch_its_output_bias_stays():

@@ -8,6 +8,7 @@ import optax
 import pytest
 from dp_accounting import pld
 from flax import linen as nn
+from scipy.special import gammaln
 
 from jaxkit import optim, tree
 
