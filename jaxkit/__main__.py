@@ -18,8 +18,8 @@ examples:
   python -m jaxkit inspect checkpoints/7 --where "**/kernel"
   python -m jaxkit inspect model.safetensors --json | jq .total.sparsity
   python -m jaxkit diff base.safetensors tuned.safetensors
-  python -m jaxkit merge --method ties --base base.safetensors a.safetensors b.safetensors \\
-      --sparsity 0.8 --scale 0.4 -o merged.safetensors
+  python -m jaxkit merge --method ties --base base.safetensors \\
+      a.safetensors b.safetensors -o merged.safetensors
   python -m jaxkit prune model.safetensors --sparsity 0.9 -o sparse.safetensors
 """
 
