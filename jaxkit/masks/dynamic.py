@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 from jaxkit import tree
 from jaxkit.masks.exchange import check_rate, drop_by_sign, grow, update_mask
 from jaxkit.masks.score import random
-from jaxkit.masks.select import Mask, check_sparsity
+from jaxkit.masks.select import Mask, check_sparsity, kept_count
 from jaxkit.masks.train import first_mask, sparse
 
 First = Any  # a mask, or a function of the first params that returns it
@@ -69,20 +69,19 @@ def _check_cubic(sparsity: Any, initial: Any, begin: Any, end: Any, every: Any) 
 
 def _check_kept(params: PyTree, sparsity: Any, where: tree.Where) -> None:
     """Raise if known sparsities leave a leaf, or one of all chosen leaves, without an entry."""
-    kept = lambda s, n: round((1 - s) * n)
     if isinstance(sparsity, int | float):
         sizes = [w.size for w in tree.chosen(params, where).values() if w.size]
         n = sum(sizes)
-        if n and kept(sparsity, n) < len(sizes):
+        if n and kept_count(sparsity, n) < len(sizes):
             raise ValueError(
-                f"sparsity={sparsity} keeps {kept(sparsity, n)} entries for {len(sizes)} leaves; "
+                f"sparsity={sparsity} keeps {kept_count(sparsity, n)} entries for {len(sizes)} leaves; "
                 f"at most {1 - len(sizes) / n:.6g} leaves one to each"
             )
     elif jax.tree.structure(sparsity) == jax.tree.structure(params):
         pairs = zip(tree.flatten(sparsity).items(), jax.tree.leaves(params), strict=True)
         for (path, s), w in pairs:
             known = isinstance(s, int | float) and tree.is_inexact(w) and w.size
-            if known and kept(s, w.size) < 1:
+            if known and kept_count(s, w.size) < 1:
                 raise ValueError(
                     f"sparsity at {path!r} is {s}, and keeps none of its {w.size} entries; "
                     f"at most {1 - 1 / w.size:.6g} keeps one"
