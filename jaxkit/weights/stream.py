@@ -48,6 +48,7 @@ class Task(NamedTuple):
 
 
 Checkpoint = str | os.PathLike[str]
+Opened = tuple[Checkpoint, dict[str, Leaf]]  # its name, its leaves by path
 
 
 def plan(
@@ -64,17 +65,19 @@ def plan(
       ValueError: no models; a leaf that is not in all of them, or has another shape or dtype there
         (the first one); no base for a method that needs one; a method that cannot stream.
     """
-    if not models:
-        raise ValueError("there is no model to merge")
+    return _plan(_open(base, models), base is not None, rules)
+
+
+def _plan(opened: list[Opened], based: bool, rules: Sequence[Rule]) -> list[Task]:
     for rule in rules:
-        if rule.method is not None and base is None and rule.method.needs_base:
+        if rule.method is not None and not based and rule.method.needs_base:
             raise ValueError(f"method {rule.name!r} is about deltas to a base, and none was given")
         if rule.method is not None and not _streams(rule.method):
             raise ValueError(
                 f"method {rule.name!r} looks at all leaves together and cannot stream: load the "
                 "checkpoints and use weights.merge"
             )
-    first, *others = _open(base, models)
+    first, *others = opened
     for other in others:
         _check_alike(first, other)
     shaped = lambda leaf: np.broadcast_to(np.float32(0), leaf.shape)  # no memory
@@ -138,8 +141,8 @@ def merge_files(
     ...     load_file(names[3])["w"].tolist()
     [1.5, 1.5]
     """
-    tasks = plan(base, models, rules)
     opened = _open(base, models)
+    tasks = _plan(opened, base is not None, rules)
     if metadata is None:
         metadata = files.metadata(opened[0][0])
     deltas = Deltas(None if base is None else opened[0], opened[0 if base is None else 1 :])
@@ -163,11 +166,10 @@ def merge_files(
 # --------------------------------------------------------------------------------- checkpoints
 
 
-Opened = tuple[str | os.PathLike[str], dict[str, Leaf]]
-
-
 def _open(base: Checkpoint | None, models: Sequence[Checkpoint]) -> list[Opened]:
     """Open all checkpoints, the base first."""
+    if not models:
+        raise ValueError("there is no model to merge")
     return [(name, files.leaves(name)) for name in [*([] if base is None else [base]), *models]]
 
 
@@ -367,11 +369,8 @@ def _merger(rule: Rule, deltas: Deltas, tasks: list[Task]) -> Callable[[Task], n
     if method.steps and isinstance(method.steps[0], Window) and method.steps[0].scope == "tree":
         cuts = [*_tree_cuts(method.steps[0], deltas, own)]
     blend = method.blend
-    if blend is not None:
-        program = jax.jit(lambda stack, origin, scale: origin + scale * blend("", stack, None))
-    else:
-        whole = method.combine
-        program = jax.jit(lambda stack, origin, scale: origin + scale * whole("", stack, None))
+    combine = method.combine if blend is None else blend
+    program = jax.jit(lambda stack, origin, scale: origin + scale * combine("", stack, None))
 
     def merged(task: Task) -> np.ndarray:
         path, shape, dtype = task.path, task.leaf.shape, task.leaf.dtype
