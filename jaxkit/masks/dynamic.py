@@ -72,9 +72,10 @@ def _check_kept(params: PyTree, sparsity: Any, where: tree.Where) -> None:
     if isinstance(sparsity, int | float):
         sizes = [w.size for w in tree.chosen(params, where).values() if w.size]
         n = sum(sizes)
-        if n and kept_count(sparsity, n) < len(sizes):
+        kept = kept_count(sparsity, n)
+        if n and kept < len(sizes):
             raise ValueError(
-                f"sparsity={sparsity} keeps {kept_count(sparsity, n)} entries for {len(sizes)} leaves; "
+                f"sparsity={sparsity} keeps {kept} entries for {len(sizes)} leaves; "
                 f"at most {1 - len(sizes) / n:.6g} leaves one to each"
             )
     elif jax.tree.structure(sparsity) == jax.tree.structure(params):
