@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from experiments import deep_signal, signal_figure
 from jaxkit import init
+from tests.runs import all_rows
 
 SMALL = replace(
     deep_signal.Settings(), train=64, test=40, seeds=2, depth=8, width=8, steps=4, average=2,
@@ -18,12 +19,7 @@ SMALL = replace(
 
 @pytest.fixture(scope="module")
 def rows():
-    run = deep_signal.run(SMALL, None)
-    state, rows = run.init(), []
-    for i in range(run.steps):
-        state, new = run.step(i, state)
-        rows += new
-    return json.loads(json.dumps(rows))
+    return json.loads(json.dumps(all_rows(deep_signal.run(SMALL, None))))
 
 
 def test_every_network_is_probed_and_trained(rows):

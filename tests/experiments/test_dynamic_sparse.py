@@ -5,6 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import dynamic_sparse as experiment
+from tests.runs import all_rows
 
 SETTINGS = replace(
     experiment.Settings(), train=400, test=200, seeds=2, width=48, steps=320, every=40,
@@ -14,12 +15,7 @@ SETTINGS = replace(
 
 @pytest.fixture(scope="module")
 def rows():
-    run = experiment.run(SETTINGS, None)
-    state, rows = run.init(), []
-    for i in range(run.steps):
-        state, new = run.step(i, state)
-        rows += new
-    return rows
+    return all_rows(experiment.run(SETTINGS, None))
 
 
 def test_every_method_has_its_density_at_every_test(rows):

@@ -9,6 +9,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import inr_init
+from tests.runs import all_rows
 
 SMALL = replace(
     inr_init.Settings(), shrink=40, width=8, hidden=2, seeds=2, steps=4, test_every=2, batch=32
@@ -17,12 +18,7 @@ SMALL = replace(
 
 @pytest.fixture(scope="module")
 def rows():
-    run = inr_init.run(SMALL, None)
-    state, rows = run.init(), []
-    for i in range(run.steps):
-        state, new = run.step(i, state)
-        rows += new
-    return rows
+    return all_rows(inr_init.run(SMALL, None))
 
 
 def test_rows(rows):

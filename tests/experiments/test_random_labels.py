@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 
 from experiments import figures, random_labels
 from experiments.perceptron import init, logits
+from tests.runs import all_rows
 
 SETTINGS = replace(
     random_labels.Settings(), train=192, test=200, seeds=2, epochs=80, width=64, batch=64,
@@ -17,12 +18,7 @@ SETTINGS = replace(
 
 @pytest.fixture(scope="module")
 def rows():
-    run = random_labels.run(SETTINGS, None)
-    state, rows = run.init(), []
-    for i in range(run.steps):
-        state, new = run.step(i, state)
-        rows += new
-    return rows
+    return all_rows(random_labels.run(SETTINGS, None))
 
 
 def test_the_phenomenon_at_small_size(rows):

@@ -5,6 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import soup
+from tests.runs import all_rows
 
 SETTINGS = replace(
     soup.Settings(), pretrain=200, train=400, held_out=150, test=200, seeds=2, models=3, width=32,
@@ -14,12 +15,7 @@ SETTINGS = replace(
 
 @pytest.fixture(scope="module")
 def rows():
-    run = soup.run(SETTINGS, None)
-    state, rows = run.init(), []
-    for i in range(run.steps):
-        state, new = run.step(i, state)
-        rows += new
-    return rows
+    return all_rows(soup.run(SETTINGS, None))
 
 
 def test_the_phenomenon_at_small_size(rows):

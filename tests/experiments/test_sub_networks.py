@@ -6,6 +6,7 @@ from matplotlib.figure import Figure
 
 from experiments import sub_networks
 from experiments.sub_networks import PLAIN, SORTED
+from tests.runs import all_rows
 
 SETTINGS = replace(
     sub_networks.Settings(), train=900, test=400, seeds=2, widths=(2, 8, 64), steps=300,
@@ -15,12 +16,7 @@ SETTINGS = replace(
 
 @pytest.fixture(scope="module")
 def rows():
-    run = sub_networks.run(SETTINGS, None)
-    state, rows = run.init(), []
-    for i in range(run.steps):
-        state, new = run.step(i, state)
-        rows += new
-    return rows
+    return all_rows(sub_networks.run(SETTINGS, None))
 
 
 def test_the_phenomenon_at_small_size(rows):

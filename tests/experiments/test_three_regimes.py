@@ -5,6 +5,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from experiments import three_regimes
+from tests.runs import all_rows
 
 SMALL = replace(
     three_regimes.Settings(), train=128, test=50, seeds=2, hidden=(16, 12), dense_steps=(5, 60),
@@ -14,12 +15,7 @@ SMALL = replace(
 
 @pytest.fixture(scope="module")
 def small():
-    run = three_regimes.run(SMALL, None)
-    state, rows = run.init(), []
-    for i in range(run.steps):
-        state, new = run.step(i, state)
-        rows += new
-    return rows
+    return all_rows(three_regimes.run(SMALL, None))
 
 
 def test_the_grid_is_whole(small):
