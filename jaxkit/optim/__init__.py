@@ -26,11 +26,13 @@ from jaxkit.optim.laws import (
     half_life,
     lr_sensitivity,
     near_best,
+    one_epoch_parameters,
     rescale_decay,
     step_law,
     stochastic_round,
 )
 from jaxkit.optim.lookahead import LookaheadState, adamax, lookahead
+from jaxkit.optim.noise import NoiseScale, gradient_noise, gradient_noise_scale, weight_noise
 from jaxkit.optim.private import (
     Lot,
     clipped_sum,
@@ -41,7 +43,7 @@ from jaxkit.optim.private import (
     example_norms,
     poisson_lot,
 )
-from jaxkit.optim.schedules import cosine_power, odds, refined, rewarm, uba
+from jaxkit.optim.schedules import cosine_power, odds, refined, rewarm, stretch, uba
 from jaxkit.optim.score import TimeToResult, algoperf, calibrate_jointly, reached
 from jaxkit.optim.soap import scale_by_soap, soap
 from jaxkit.optim.tract import tract
@@ -58,6 +60,7 @@ __all__ = [
     "LangevinState",
     "LookaheadState",
     "Lot",
+    "NoiseScale",
     "PowerLaw",
     "Stage",
     "TimeToResult",
@@ -83,6 +86,8 @@ __all__ = [
     "fit_power_law",
     "forecast",
     "galore",
+    "gradient_noise",
+    "gradient_noise_scale",
     "gram",
     "half_life",
     "hypergradient",
@@ -94,6 +99,7 @@ __all__ = [
     "mixture_log_loss",
     "near_best",
     "odds",
+    "one_epoch_parameters",
     "pareto_direction",
     "phased",
     "poisson_lot",
@@ -108,8 +114,10 @@ __all__ = [
     "stacked",
     "step_law",
     "stochastic_round",
+    "stretch",
     "successive_keep",
     "tract",
     "uba",
     "weigh",
+    "weight_noise",
 ]

@@ -20,6 +20,7 @@ __all__ = [
     "half_life",
     "lr_sensitivity",
     "near_best",
+    "one_epoch_parameters",
     "rescale_decay",
     "step_law",
     "stochastic_round",
@@ -295,6 +296,30 @@ def step_law(parameters: float, tokens: float) -> tuple[float, float]:
     (0.001632, 1107715)
     """
     return 1.79 * parameters**-0.713 * tokens**0.307, 0.58 * tokens**0.571
+
+
+def one_epoch_parameters(tokens: float, *, ratio: float = 5.0) -> float:
+    """Return how many parameters suit a single pass over so many tokens: tokens / ratio.
+
+    For one epoch over data that do not repeat, without dropout or other regularization, since
+    nothing is there to overfit. (The heuristic of a time before the laws of scale; they take about
+    20 tokens to a parameter where compute is what is short.)
+
+    Args:
+      tokens: processed in all, not steps.
+      ratio: tokens to a parameter, 5 in the paper.
+
+    Raises:
+      ValueError: tokens or a ratio not above 0.
+
+    Reference: A. Komatsuzaki, "One Epoch Is All You Need", arXiv:1906.06669.
+
+    >>> one_epoch_parameters(1e9)
+    200000000.0
+    """
+    if not tokens > 0 or not ratio > 0:
+        raise ValueError(f"tokens={tokens}, ratio={ratio}, and numbers above 0 were due")
+    return tokens / ratio
 
 
 def near_best(
