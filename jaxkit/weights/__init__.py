@@ -2,8 +2,10 @@
 
 from jaxkit.weights import files
 from jaxkit.weights.competition import pcb
+from jaxkit.weights.consensus import agree, gossip, majority, phash, tree_digest
 from jaxkit.weights.darex import adamr, analytic_q, output_change, search_q
 from jaxkit.weights.diff import Difference, difference
+from jaxkit.weights.edit import SecondMoment, confine, edit_directions, rewrite, second_moment
 from jaxkit.weights.fisher import fisher, fisher_average
 from jaxkit.weights.merge import Method, combine, deltas, interpolate, merge
 from jaxkit.weights.methods import (
@@ -31,31 +33,41 @@ __all__ = [
     "LearnedSoup",
     "Method",
     "Rule",
+    "SecondMoment",
     "Task",
     "adamr",
+    "agree",
     "analytic_q",
     "average",
     "breadcrumbs",
     "combine",
+    "confine",
     "dare",
     "deltas",
     "difference",
+    "edit_directions",
     "files",
     "fisher",
     "fisher_average",
     "flips",
+    "gossip",
     "greedy_soup",
     "interpolate",
     "learned_soup",
+    "majority",
     "merge",
     "merge_files",
     "model_stock",
     "output_change",
     "pcb",
+    "phash",
     "plan",
+    "rewrite",
     "running_mean",
     "search_q",
+    "second_moment",
     "task_arithmetic",
     "ties",
+    "tree_digest",
     "writing",
 ]
