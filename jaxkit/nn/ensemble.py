@@ -266,6 +266,9 @@ def levi_apply(
       frozen: no gradient goes into the features. False where the pretrained model is tuned as well
         (by LoRA, say).
 
+    Returns:
+      The logits of each layer, in the order of their names.
+
     Raises:
       ValueError: features of other layers than theta, naming them.
 
@@ -294,7 +297,7 @@ def levi_apply(
         h = jax.nn.relu(h @ layer["hidden"]["kernel"] + layer["hidden"]["bias"])
         return h @ layer["out"]["kernel"] + layer["out"]["bias"]
 
-    return jnp.stack([logits(theta[name], z) for name, z in features.items()])
+    return jnp.stack([logits(theta[name], features[name]) for name in sorted(features)])
 
 
 def _norm(x: Array, eps: float = 1e-6) -> Array:
