@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from jaxkit import weights
+from tests.counting import counting
 
 RNG = np.random.default_rng(0)
 draw = lambda *shape: jnp.asarray(RNG.normal(size=shape), jnp.float32)
@@ -94,17 +95,11 @@ def test_a_stack_is_a_list():
 def test_fifty_scales_in_one_program():
     scales = jnp.linspace(0.0, 1.5, 50)
     method = weights.ties(sparsity=0.5)
-    count = 0
-
-    def one(scale, sparsity):
-        nonlocal count
-        count += 1
-        return weights.merge(BASE, MODELS, weights.ties(sparsity=sparsity), scale=scale)
-
-    sweep = jax.jit(jax.vmap(one, (0, None)))
+    one = lambda s, k: weights.merge(BASE, MODELS, weights.ties(sparsity=k), scale=s)
+    sweep, traces = counting(jax.vmap(one, (0, None)))
     swept = sweep(scales, 0.5)
     sweep(scales + 1, 0.7)
-    assert count == 1 and sweep._cache_size() == 1
+    assert len(traces) == 1
     for i in (0, 17, 49):
         want = weights.merge(BASE, MODELS, method, scale=scales[i])
         close(jax.tree.map(lambda x, i=i: x[i], swept), want)
