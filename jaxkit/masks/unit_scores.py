@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Array, Float, PyTree
 
 from jaxkit import tree
-from jaxkit.trace import Axis, Concat, Prod, Tap, named, resolve, taps
-from jaxkit.trace.names import Entry, members, pairs, size_of
+from jaxkit.trace import named, reads, resolve
+from jaxkit.trace.blocks import unit_rows
+from jaxkit.trace.names import Entry, members, pairs
 
 __all__ = [
     "apoz",
@@ -74,36 +75,16 @@ def unit_matrices(
         for d, entry in enumerate(entries):
             if entry is None or (kind is not None and kind.dims[d] != role):
                 continue
-            rows = _rows(tree.float32(leaf), d)
-            for name in _free(entry):
-                found.setdefault(name, []).extend(_blocks(rows, entry, name))
+            for name, units in _free(tree.float32(leaf), d, entry):
+                found.setdefault(name, []).append(units)
     order = [name for name in named(axes) if name in found]
     return {name: jnp.concatenate(found[name], 1) for name in order}
 
 
-def _free(entry: Entry) -> list[str]:
-    """Return the names of the axes in an entry that may be cut."""
-    return list(dict.fromkeys(axis.name for axis in members(entry) if not axis.pinned))
-
-
-def _rows(x: Array, axis: int) -> Array:
-    """Return the array with a dimension in front and the others flat."""
-    return jnp.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
-
-
-def _blocks(x: Float[Array, "positions n"], entry: Entry, name: str) -> list[Array]:
-    """Return what belongs to the units of an axis: a list of (units, n)."""
-    if isinstance(entry, Axis):
-        return [x] if entry.name == name else []
-    if not isinstance(entry, Prod | Concat):
-        return []
-    sizes = [size_of(part) for part in entry.parts]
-    if isinstance(entry, Concat):
-        inner = jnp.split(x, np.cumsum(sizes)[:-1])
-    else:
-        split = x.reshape(*sizes, x.shape[1])
-        inner = [_rows(split, i) for i in range(len(sizes))]
-    return [b for y, part in zip(inner, entry.parts, strict=True) for b in _blocks(y, part, name)]
+def _free(x: Array, axis: int, entry: Entry) -> list[tuple[str, Array]]:
+    """Return the rows of the units along a dimension, of the axes that may be cut."""
+    pinned = {a.name for a in members(entry) if a.pinned}
+    return [(name, units) for name, units in unit_rows(x, axis, entry) if name not in pinned]
 
 
 # --------------------------------------------------------------------------------- of weights
@@ -288,32 +269,6 @@ def taylor(
     return {name: unit(s) for name, s in sums.items()}
 
 
-def _activations(
-    apply_fn: Callable, params: PyTree, args: tuple, axes: PyTree, roles: PyTree
-) -> list[tuple[Entry, int, Tap]]:
-    """Return what the consumers of axes read: (entry, the axis of the input that it is, tap)."""
-    axes = resolve(params, axes)
-    kinds = jax.tree.structure(params).flatten_up_to(roles)
-    consumers = {
-        path: [
-            (d, e) for d, e in enumerate(entries) if e is not None and kind.dims[d] == "consumed"
-        ]
-        for (path, _, entries), kind in zip(pairs(params, axes), kinds, strict=True)
-        if kind.kind == "kernel"
-    }
-    consumers = {path: dims for path, dims in consumers.items() if dims}
-    if not consumers:
-        raise ValueError("no kernel consumes an axis: there are no activations to score")
-    _, tapped = taps(apply_fn, lambda path, _: path in consumers)(params, *args)
-    return [
-        (entry, tap.x_axes[d], use)  # type: ignore[misc]
-        for path, tap in tapped.items()
-        for use in (tap, *tap.later)
-        for d, entry in consumers[path]
-        if use.x_axes[d] is not None
-    ]
-
-
 def apoz(
     apply_fn: Callable[..., Any],
     params: PyTree,
@@ -351,10 +306,10 @@ def apoz(
     [0.75, 0.25]
     """
     counts: dict[str, list[Array]] = {}
-    for entry, at, tap in _activations(apply_fn, params, args, axes, roles):
-        rows = _rows((tap.input != 0).astype(jnp.float32), at)
-        for name in _free(entry):
-            counts.setdefault(name, []).extend(_blocks(rows, entry, name))
+    for read in reads(apply_fn, params, args, axes, roles):
+        active = (read.tap.input != 0).astype(jnp.float32)
+        for name, units in _free(active, read.axis, read.entry):
+            counts.setdefault(name, []).append(units)
     return _means(counts, axis_name)
 
 
@@ -397,18 +352,19 @@ def hrank(
     [3.0, 3.0]
     """
     ranks: dict[str, list[Array]] = {}
-    for entry, at, tap in _activations(apply_fn, params, args, axes, roles):
+    for read in reads(apply_fn, params, args, axes, roles):
+        tap = read.tap
         if tap.primitive != "conv_general_dilated" or tap.input.ndim != 4:
             continue
-        maps = jnp.moveaxis(tree.float32(tap.input), at, 0)  # (channels, examples, height, width)
-        mean = jnp.linalg.matrix_rank(maps).astype(jnp.float32).mean(1)[:, None]
-        for name in _free(entry):
-            ranks.setdefault(name, []).extend(_blocks(mean, entry, name))
+        maps = jnp.moveaxis(tree.float32(tap.input), read.axis, 0)  # channels, examples, map
+        mean = jnp.linalg.matrix_rank(maps).astype(jnp.float32).mean(1)
+        for name, units in _free(mean, 0, read.entry):
+            ranks.setdefault(name, []).append(units)
     if not ranks:
         raise ValueError("no convolution over two dimensions reads an axis: no feature maps")
     return _means(ranks, axis_name)
 
 
-def _means(rows: dict[str, list[Array]], axis_name: str | None) -> Scores:
-    means = {name: jnp.concatenate(parts, 1).mean(1) for name, parts in rows.items()}
+def _means(found: dict[str, list[Array]], axis_name: str | None) -> Scores:
+    means = {name: jnp.concatenate(parts, 1).mean(1) for name, parts in found.items()}
     return means if axis_name is None else jax.lax.pmean(means, axis_name)

@@ -3,6 +3,12 @@
 from jaxkit import data, trace, tree
 from tests.rows.base import Row, every_axis, examples, reversed_units
 
+
+def parts_of(params):
+    """Return the arrays of the blocks."""
+    return {name: block.array for name, block in trace.blocks(params, every_axis(params)).items()}
+
+
 ROWS = [
     Row(
         "tree.float32",
@@ -40,6 +46,17 @@ ROWS = [
         ),
         like_params=True,
         local=False,
+        smooth=True,
+    ),
+    Row(
+        "trace.assemble",
+        lambda key, params, batch, n: trace.assemble(params, every_axis(params), parts_of(params)),
+        like_params=True,
+        smooth=True,
+    ),
+    Row(
+        "trace.blocks",
+        lambda key, params, batch, n: parts_of(params),
         smooth=True,
     ),
     Row(
@@ -92,15 +109,18 @@ EXEMPT = {
     "tree.paths": "host-side: paths are strings",
     "tree.select": "host-side: a tree of Python bools",
     "trace.Axis": "a type",
+    "trace.Block": "a type",
     "trace.Concat": "a type",
     "trace.Op": "a type",
     "trace.Prod": "a type",
+    "trace.Read": "a type",
     "trace.Role": "a type",
     "trace.Tap": "a type",
     "trace.Unfollowed": "a type",
     "trace.axes": "reads a jaxpr, no values; tested in trace/test_axes.py",
     "trace.check": "raises or returns a float; tested in trace/test_apply.py",
     "trace.named": "host-side: names and sizes",
+    "trace.reads": "needs a network; tested in trace/test_blocks.py and by masks.apoz",
     "trace.rename": "host-side: names and sizes",
     "trace.replay": "a transform of functions; tested in trace/test_replay.py",
     "trace.resolve": "host-side: names and sizes",
