@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 
 from jaxkit import masks, weights
 from jaxkit.__main__ import main
-from jaxkit.weights import files, stream
+from jaxkit.weights import _windows, files, stream
 from jaxkit.weights.write import writing
 
 KEY = jax.random.key(3)
@@ -80,21 +80,77 @@ def test_a_merge_on_disk_is_the_merge_in_memory(saved, name, dtype, monkeypatch)
     assert files.metadata(out) == {"format": "np", "of": "base"}
 
 
-def test_ties_zeros_and_edges_of_windows():
+def pieces(size):
+    """Return what visits the pieces of n entries, one after another."""
+    return lambda fn, n: map(fn, [slice(i, min(i + size, n)) for i in range(0, n, size)])
+
+
+def windowed(vectors, window, each, sample):
+    """Return the vectors, flat and ranked together, with zeros outside of the window."""
+    n = sum(x.size for x in vectors)
+    at = lambda x: lambda places: x[places].copy()
+
+    def count(brackets):
+        totals = [None] * len(brackets[0])
+        for x in vectors:
+            totals = map(_windows.plus, totals, _windows.count(at(x), x.size, brackets[0], each))
+        return [[*totals]]
+
+    ranks = _windows.find(count, [_windows.image(sample)], n, _windows.counts(window, n))[0]
+    left, out = [rank.place for rank in ranks], []
+    for x in vectors:
+        edges = []
+        for i, rank in enumerate(ranks):
+            edge, used = _windows.edge(rank, left[i], at(x), x.size, each)
+            left[i] -= used
+            edges.append(edge)
+        places = slice(0, x.size)
+        out.append(_windows.apply(x.copy(), places, *edges))
+        # the same at indexes, as a sample looks at it
+        mixed = np.random.default_rng(0).permutation(x.size)
+        some = _windows.apply(x[mixed], mixed, *edges)
+        np.testing.assert_array_equal(some, out[-1][mixed])
+    return np.concatenate(out)
+
+
+@pytest.mark.parametrize("sampled", ["all", "some", "wrong"])
+def test_windows_are_exact_whatever_the_sample_says(sampled, monkeypatch):
+    """Equal magnitudes in the order of the index; ranked together over vectors of any length."""
+    monkeypatch.setattr(_windows, "_BINS", 16)  # several passes
     rng = np.random.default_rng(0)
     for n in (1, 2, 30, 999):
-        for _ in range(30):
-            x = rng.integers(-3, 4, size=n).astype(np.float32)
+        for trial in range(20):
+            x = rng.integers(-3, 4, size=n) if trial % 2 else rng.normal(size=n)
+            x = x.astype(np.float32)
             sparsity = round(float(rng.uniform(0, 0.99)), 3)
             outliers = round(float(rng.uniform(0, sparsity)), 3)
-            window = stream.Window(sparsity, outliers, "leaf")
-            start, stop = stream._window_counts(window, n)
+            window = stream.Window(sparsity, outliers if trial % 3 else 0.0, "tree")
+            start, stop = _windows.counts(window, n)
             order = np.argsort(-np.abs(x), kind="stable")
             want = np.zeros_like(x)
             want[order[start:stop]] = x[order[start:stop]]
-            got = x.copy()
-            stream._apply_cut(got, stream._leaf_cut(got, window))
+            sample = {"all": x, "some": x[: max(1, n // 3)], "wrong": 100 + x[:1]}[sampled]
+            vectors = np.split(x, sorted(rng.integers(0, n + 1, size=2)))
+            got = windowed(vectors, window, pieces(64), sample)
             np.testing.assert_array_equal(got, want)
+
+
+def test_infinite_deltas_are_the_largest():
+    x = np.array([1.0, np.inf, 2.0, -np.inf, 3.0], np.float32)
+    got = windowed([x], stream.Window(0.6, 0.4, "leaf"), pieces(2), x)
+    np.testing.assert_array_equal(got, [0, 0, 2, 0, 3])
+
+
+def test_sums_over_models_are_written_out():
+    """Any blend computes the same, and no reduction over the models is left."""
+    stack = jnp.asarray(np.random.default_rng(0).normal(size=(3, 50)), jnp.float32)
+    for name in ("weighted", "ties, untrimmed"):
+        blend = METHODS[name].blend
+        run = stream._additions(blend, 3)
+        got, want = jax.jit(run, static_argnums=(0, 2))("", stack, None), blend("", stack, None)
+        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
+        text = lambda fn: str(jax.make_jaxpr(lambda x: fn("", x, None))(stack))
+        assert "reduce_sum" in text(blend) and "reduce_sum" not in text(run)
 
 
 def test_rules_by_leaf_and_other_kinds_of_checkpoints(saved, tmp_path):
