@@ -177,14 +177,15 @@ def concatenated_features(
 
 
 def _warn_of_copies(each: np.ndarray) -> None:
-    seen: dict[bytes, int] = {}
+    same: dict[bytes, list[int]] = {}
     for i, features in enumerate(each):
-        first = seen.setdefault(features.tobytes(), i)
-        if first != i and features.size:
-            warnings.warn(
-                f"members {first} and {i} have the same features: were they trained from one seed?",
-                stacklevel=3,
-            )
+        same.setdefault(features.tobytes(), []).append(i)
+    copies = [members for members in same.values() if len(members) > 1]
+    if copies and each.size:
+        warnings.warn(
+            f"members {copies[0]} have the same features: were they trained from one seed?",
+            stacklevel=3,
+        )
 
 
 # ---------------------------------------------------------------------------------- of layers
