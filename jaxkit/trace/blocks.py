@@ -19,10 +19,12 @@ class Block(NamedTuple):
     Attributes:
       array: the entries.
       axes: for each dimension the name of its axis, or None.
+      path: the leaf that it is a part of.
     """
 
     array: Array
     axes: tuple[str | None, ...]
+    path: str = ""
 
 
 def blocks(params: PyTree, axes: PyTree) -> dict[str, Block]:
@@ -50,7 +52,7 @@ def blocks(params: PyTree, axes: PyTree) -> dict[str, Block]:
     for path, leaf, entries in pairs(params, resolve(params, axes)):
         pieces = list(cut(leaf, entries))
         for i, block in enumerate(pieces):
-            out[path if len(pieces) == 1 else f"{path}[{i}]"] = block
+            out[path if len(pieces) == 1 else f"{path}[{i}]"] = block._replace(path=path)
     return out
 
 

@@ -1,6 +1,7 @@
 """Whole sets of weights: merge many into one, and read them from checkpoints leaf by leaf."""
 
 from jaxkit.weights import files
+from jaxkit.weights.align import Learned, align, align_activations, align_by_gradient
 from jaxkit.weights.competition import pcb
 from jaxkit.weights.consensus import agree, gossip, majority, phash, tree_digest
 from jaxkit.weights.darex import adamr, analytic_q, output_change, search_q
@@ -30,6 +31,7 @@ from jaxkit.weights.write import writing
 __all__ = [
     "Difference",
     "GreedySoup",
+    "Learned",
     "LearnedSoup",
     "Method",
     "Rule",
@@ -37,6 +39,9 @@ __all__ = [
     "Task",
     "adamr",
     "agree",
+    "align",
+    "align_activations",
+    "align_by_gradient",
     "analytic_q",
     "average",
     "breadcrumbs",
