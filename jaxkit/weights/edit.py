@@ -5,6 +5,7 @@ row of a dense layer's input, the channels at one position of a convolution's. T
 one leaf; its input axis is the second to last one, as in flax kernels (in, out) and HWIO.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -127,8 +128,9 @@ def rewrite(
     basis, small = jnp.linalg.qr(white)
     pivots, lengths = jnp.abs(jnp.diagonal(small)), jnp.linalg.norm(small, axis=0)
     _check_pivots(pivots, lengths, f"the {len(k)} keys depend on each other")
-    change = _dot(basis, solve_triangular(small.T, v - _dot(k, matrix), lower=True))
-    return fold(matrix + solve_triangular(lower.T, change, lower=False)).astype(w.dtype)
+    # D (K D)^-1: all that is solved is (in, n), so that a sharded kernel stays where it is
+    steps = solve_triangular(lower.T, solve_triangular(small, basis.T, lower=False).T, lower=False)
+    return fold(matrix + _dot(steps, v - _dot(k, matrix))).astype(w.dtype)
 
 
 def edit_directions(
@@ -229,7 +231,7 @@ def _matrix(w: Array, in_axis: int) -> tuple[Array, Callable[[Array], Array]]:
         raise ValueError(f"in_axis={in_axis} is no axis of a kernel of shape {jnp.shape(w)}")
     first = jnp.moveaxis(tree.float32(jnp.asarray(w)), in_axis, 0)
     back = lambda m: jnp.moveaxis(m.reshape(first.shape), 0, in_axis)
-    return first.reshape(len(first), -1), back
+    return first.reshape(len(first), math.prod(first.shape[1:])), back
 
 
 def _check_keys(keys: Array, w: Array, in_axis: int) -> None:
