@@ -13,10 +13,10 @@ def values(schedule, steps):
     return np.asarray(jax.jit(jax.vmap(schedule))(jnp.asarray(steps)))
 
 
-@pytest.mark.parametrize("factor", [1, 2, 3, 7, 31, 49])
+@pytest.mark.parametrize("factor", [1, 7, 41, 61])
 def test_boundaries_come_exactly_as_much_later(factor):
     """Also where count / factor, as a product with 1 / factor, would fall below the boundary."""
-    bounds = {100: 0.5, 150: 0.1, 9973: 0.3}
+    bounds = {2: 0.5, 7: 0.1, 150: 2.0, 9973: 0.3}
     plain = optax.piecewise_constant_schedule(1.0, bounds)
     stretched = optim.stretch(plain, factor)
     for at in bounds:
