@@ -1,6 +1,7 @@
 """Do many agree? Gossip between models, votes, perceptual hashes, and a digest of the bits."""
 
 import hashlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +169,7 @@ def tree_digest(params: PyTree) -> str:
     change between versions. It runs on the host, leaf by leaf, and gathers sharded ones.
 
     Raises:
-      TypeError: a leaf that is neither an array nor a number, naming its path.
+      TypeError: a leaf that is neither a number nor an array of them, naming its path.
 
     Reference: on reproducing what others computed, E. Kim et al., "Generative Artificial
     Intelligence Consensus in a Trustless Network", arXiv:2307.01898.
@@ -178,17 +179,17 @@ def tree_digest(params: PyTree) -> str:
     """
     digest = hashlib.sha256()
     for path, leaf in sorted(tree.flatten(params).items()):
-        if not tree.is_array(leaf) and not isinstance(leaf, bool | int | float | complex):
-            raise TypeError(f"{path!r} is a {type(leaf).__name__}, and an array was due")
-        kind = ""
-        if tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            kind, leaf = str(leaf.dtype), jax.random.key_data(leaf)
-        x = np.asarray(leaf)
-        for text in (path, kind or x.dtype.name, str(x.shape)):
+        kind, x = _raw(path, leaf)
+        for text in (path, kind, str(x.shape)):
             digest.update(len(text.encode()).to_bytes(8, "little") + text.encode())
-        digest.update(_little(x).tobytes())
+        digest.update(x.astype(x.dtype.newbyteorder("<")).tobytes())
     return digest.hexdigest()
 
 
-def _little(x: np.ndarray) -> np.ndarray:
-    return x.astype(x.dtype.newbyteorder("<")) if x.dtype.byteorder == ">" else x
+def _raw(path: str, leaf: Any) -> tuple[str, np.ndarray]:
+    if tree.is_array(leaf) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return str(leaf.dtype), np.asarray(jax.random.key_data(leaf))
+    x = np.asarray(leaf)
+    if x.dtype.kind in "OSU":
+        raise TypeError(f"{path!r} is a {type(leaf).__name__}, and an array of numbers was due")
+    return x.dtype.name, x

@@ -279,3 +279,5 @@ def test_layout_and_containers_do_not_change_the_digest():
 def test_what_has_no_bytes_is_refused():
     with pytest.raises(TypeError, match="'layer/act' is a function"):
         weights.tree_digest({"layer": {"act": lambda x: x}})
+    with pytest.raises(TypeError, match="'name' is a str"):
+        weights.tree_digest({"name": "adam"})
