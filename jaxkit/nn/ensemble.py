@@ -138,7 +138,8 @@ def concatenated_features(
 
     Returns:
       Features in float32 or wider, member by member, and the statistics. A feature that is
-      constant in the training set is only shifted, to 0.
+      constant in the training set, up to rounding (a dead or a saturated unit), is only shifted, to
+      0.
 
     Raises:
       ValueError: features that are no matrix, or statistics of another size.
@@ -173,7 +174,8 @@ def concatenated_features(
         raise ValueError(
             f"the statistics are of {stats.mean.shape[0]} features, and {features.shape[1]} came"
         )
-    return (features - stats.mean) / jnp.where(stats.std > 0, stats.std, 1), stats
+    noise = 64 * jnp.finfo(features.dtype).eps * jnp.abs(stats.mean)
+    return (features - stats.mean) / jnp.where(stats.std > noise, stats.std, 1), stats
 
 
 def _warn_of_copies(each: np.ndarray) -> None:

@@ -88,17 +88,26 @@ def test_copies_of_one_network_add_nothing():
     assert rank(train) == rank(alone) == 8 and rank(both) == 16
 
 
-def test_scales_of_members_do_not_matter_and_dead_features_are_zero():
-    scaled = jax.tree.map(
-        lambda w: w * jnp.array([1.0, 100.0, 0.01]).reshape(3, *[1] * (w.ndim - 1)), STACK
-    )
+def test_scales_of_members_do_not_matter():
+    scale = jnp.array([1.0, 100.0, 0.01])
+    scaled = jax.tree.map(lambda w: jax.vmap(jnp.multiply)(scale, w), STACK)
     want, _ = nn.concatenated_features(features, STACK, X)
     np.testing.assert_allclose(nn.concatenated_features(features, scaled, X)[0], want, atol=1e-4)
-    dead = STACK | {"bias": STACK["bias"].at[1, 2].set(-1000.0)}
-    got, stats = nn.concatenated_features(features, dead, X)
-    assert not got[:, 10].any() and stats.std[10] == 0
-    alive = np.arange(24) != 10
-    np.testing.assert_allclose(got[:, alive], want[:, alive], atol=1e-6)
+
+
+@pytest.mark.parametrize(("bias", "squash"), [(-1000.0, jax.nn.relu), (8.0, jnp.tanh)])
+def test_units_that_are_dead_or_saturated_stay_small(bias, squash):
+    """Their deviation is 0, or rounding, and is not what to divide by."""
+    stuck = STACK | {"bias": STACK["bias"].at[1, 2].set(bias)}
+    stuck["kernel"] = STACK["kernel"].at[1, :, 2].multiply(0.01)
+    apply_fn = lambda p, x: squash(x @ p["kernel"] + p["bias"])
+    want, _ = nn.concatenated_features(apply_fn, STACK, X)
+    got, stats = nn.concatenated_features(apply_fn, stuck, X)
+    assert (stats.std[10] > 0) == (squash is jnp.tanh) and jnp.abs(got[:, 10]).max() < 1e-6
+    other, _ = nn.concatenated_features(apply_fn, stuck, 5 * X_TEST, stats=stats)
+    assert jnp.abs(other[:, 10]).max() < 1e-6
+    others = np.arange(24) != 10
+    np.testing.assert_allclose(got[:, others], want[:, others], atol=1e-6)
 
 
 def test_statistics_of_examples_on_eight_devices():
