@@ -41,7 +41,7 @@ def align(
     *,
     where: tree.Where = "**",
     key: PRNGKeyArray | None = None,
-    start: Mapping[str, Int[Array, " units"]] | None = None,
+    start: Mapping[str, Any] | None = None,
     rounds: int = 100,
 ) -> Permutations:
     """Match the weights: permute b so that the sum of a * b over all entries is large.
