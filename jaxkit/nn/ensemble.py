@@ -72,9 +72,9 @@ def max_probability(*logits: Float[Array, "*n classes"]) -> Float[Array, "*n cla
     more. (The mean, ``jax.nn.softmax(jnp.stack(logits)).mean(0)``, is another ensemble.)
 
     The offline one accumulates the trained part of the online one (an adapter, say: not the whole
-    tree) after every step, from its copy at the start of the second task::
+    tree) after every step, in float32, from its copy at the start of the second task::
 
-        offline = optax.incremental_update(online, offline, 1e-4)    # float32: 1e-4 is no bfloat16
+        offline = optax.incremental_update(online, offline, 1e-4)
         adapt = optax.conditionally_mask(optax.adam(lr), lambda step: step >= frozen_steps)
         tx = optax.partition({"adapter": adapt, "head": optax.adam(lr)}, labels)
 
