@@ -45,6 +45,12 @@ def mixed(key, params, batch, n):
     return weights.gossip(models, jnp.stack([jnp.stack([1 - n, n]), jnp.stack([n, 1 - n])]))
 
 
+def hashed(key, params, batch, n):
+    """Hash an image of which no coefficient comes near the median, so that no rounding shows."""
+    x, y = jnp.arange(32) / 32, jnp.arange(32)[:, None] / 32
+    return weights.phash(n * (jnp.sin(5 * x + 4 * y**2) + jnp.cos(7 * x * y)))
+
+
 def chosen(key, params, batch, n):
     """Draw multiples of the float leaves, and keep that whose sum is nearest to the number."""
 
@@ -78,11 +84,7 @@ ROWS = [
         lambda key, params, batch, n: weights.agree(waves(3, 8) > 0, waves(8) > 0.5, tolerance=n),
         number=3.0,
     ),
-    Row(
-        "weights.phash",
-        lambda key, params, batch, n: weights.phash(n + jnp.outer(waves(24), 1 + waves(40) ** 2)),
-        number=0.5,
-    ),
+    Row("weights.phash", hashed, number=0.5),
     Row("probes.relative", related, number=1e-6, smooth=True),
     Row(
         "probes.best_of",
