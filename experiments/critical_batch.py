@@ -189,13 +189,10 @@ def find(settings: Settings, rows: list[Row], width: int, data: int, seeds=slice
     every = [(steps, loss[:, seeds].mean(1)) for steps, loss in curves(rows, width)]
     steps, loss = every[0]
     at = np.log(data / settings.batches[0])
-    target = min(
-        np.interp(at, np.log(steps), one) for rate in np.moveaxis(loss, -1, 1) for one in rate
-    )
-    fewest = [
-        min(crossing(steps, one, target) for rate in np.moveaxis(loss, -1, 1) for one in rate)
-        for steps, loss in every
-    ]
+    every_one = lambda loss: [one for rate in np.moveaxis(loss, -1, 1) for one in rate]
+    reached = [np.interp(at, np.log(steps), np.log(one)) for one in every_one(loss)]
+    target = np.exp(min(reached))
+    fewest = [min(crossing(steps, one, target) for one in every_one(loss)) for steps, loss in every]
     sizes, fewest = np.array(settings.batches, float), np.array(fewest)
     try:
         law = optim.critical_batch(
@@ -309,8 +306,8 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
                     b.plot(sizes, one.steps * sizes / reference, marks[w % 4], label=label, **style)
     start = found[0][-1].steps[0]
     a.plot(fine, start * sizes[0] / fine, color=figures.GREY, ls=":", lw=1.2)
-    a.annotate("linear\nscaling", (fine[130], start * sizes[0] / fine[130]), color="#555",
-               fontsize=8.5, ha="right", va="top")  # fmt: skip
+    a.annotate("linear scaling", (fine[-1], start * sizes[0] / fine[-1]), color="#555",
+               fontsize=8.5, ha="right", va="bottom", rotation=-32)  # fmt: skip
     ticks = [int(n) for n in sizes]
     for axes in (a, b):
         axes.set_xscale("log")
@@ -322,29 +319,24 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
     a.legend(title="pale: less data", loc="upper right")
     limit = 1 + settings.overhead
     b.axhline(limit, color=figures.GREY, ls=":", lw=1.2)
-    b.annotate(f"{100 * settings.overhead:.0f}% more", (sizes[0], 1.02 * limit), color="#555",
-               fontsize=8.5, va="bottom")  # fmt: skip
+    b.annotate(f"{100 * settings.overhead:.0f}% more", (sizes[-1], 0.98 * limit), color="#555",
+               fontsize=8.5, ha="right", va="top")  # fmt: skip
     b.set_yticks((1, 2, 4, 8), ["1", "2", "4", "8"])
     b.set(
         title="b  What a larger batch costs", ylabel="data, as a multiple of the smallest batch's"
     )
-    b.legend(loc="upper left", bbox_to_anchor=(0, 0.93))
 
     data = np.array(settings.examples, float)
     for w, line in enumerate(critical(found)):
         label = f"width {settings.widths[w]}"
         c.plot(data, line, marks[w % 4] + "-", color=colors[w % 4], label=label)
-        alone = [
-            [f.law.critical if f.law else np.nan for f in (
-                find(settings, rows, settings.widths[w], d, slice(s, s + 1)) for d in settings.examples
-            )]
-            for s in range(settings.seeds)
-        ]  # fmt: skip
-        for one in alone:
-            c.plot(data, one, marks[w % 4], color=colors[w % 4], alpha=0.4, ms=3.5, ls="none")
-    middle = np.nanmean(critical(found))
-    root = middle * (data / np.exp(np.log(data).mean())) ** 0.47
-    c.plot(data, root, color=figures.GREY, ls=":", lw=1.2, label="slope 0.47")
+        for k in range(settings.seeds):
+            one = slice(k, k + 1)
+            alone = [find(settings, rows, settings.widths[w], d, one) for d in settings.examples]
+            c.plot(data, critical([alone])[0], marks[w % 4], color=colors[w % 4], alpha=0.4, ms=3.5)
+    if np.isfinite(sizes := critical(found)).any():
+        root = np.nanmean(sizes) * (data / np.exp(np.log(data).mean())) ** 0.47
+        c.plot(data, root, color=figures.GREY, ls=":", lw=1.2, label="slope 0.47")
     c.set_xscale("log")
     c.set_yscale("log")
     c.set_xticks(data, [f"{d / 1000:.0f}k" for d in data])

@@ -74,7 +74,7 @@ def test_scores_of_known_curves():
 
 def test_claims_can_hold_and_fail():
     rows = made_up({SOAP: 2.0, NADAMW: 1.4, "Lookahead": 2.0, "Prodigy": 0.2, "DoG": 0.2})
-    names = "soap fira lookahead top none poor close".split()
+    names = ["soap", "fira", "lookahead", "top", "none", "poor", "close"]
     verdicts = lambda rows: dict(
         zip(names, (claim.holds for claim in optimizers.claims(SMALL, rows)), strict=True)
     )
