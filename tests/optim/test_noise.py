@@ -95,6 +95,27 @@ def test_bad_input():
         optim.gradient_noise_scale(1.0, 1.0, small_batch=8, large_batch=8)
 
 
+@pytest.mark.parametrize("moments", ["keep", "reset", "pullback"])
+def test_keys_in_the_state_of_an_optimizer_pass_through_lookahead(moments):
+    """(optax.lookahead with reset_state selects by arithmetic, which typed keys do not have.)"""
+    noise = optim.gradient_noise(1.0, key=KEY)
+    tx = optim.lookahead(optax.chain(noise, optax.sgd(0.1)), every=3, moments=moments)
+    zeros = jnp.zeros(50)
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+        return (params, state), params
+
+    path = jax.jit(lambda: jax.lax.scan(step, (zeros, tx.init(zeros)), None, length=6)[1])()
+    drawn = draws(noise, zeros, 6)
+    np.testing.assert_allclose(path[2], -0.05 * drawn[:3].sum(0), atol=1e-6)
+    # a state that is reset begins its noise anew
+    second = drawn[:3] if moments == "reset" else drawn[3:]
+    np.testing.assert_allclose(path[5] - path[2], -0.05 * second.sum(0), atol=1e-6)
+
+
 # --------------------------------------------------------------------------- of a smaller batch
 
 

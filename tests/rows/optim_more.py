@@ -55,6 +55,12 @@ ROWS = [
         tol=1e-4,
     ),
     Row(
+        "losses.target_posterior",
+        lambda key, params, batch, n: losses.target_posterior(batch, n * jnp.sin(batch)),
+        number=0.5,
+        shards=False,
+    ),
+    Row(
         "losses.z_loss",
         lambda key, params, batch, n: losses.z_loss(batch, scale=n),
         number=0.1,
