@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Int, PyTree
 
 from jaxkit import tree
@@ -28,7 +29,8 @@ class Basis(NamedTuple):
     after: ``(s, mu, nu) -> (s, mu, nu)``, a new basis once the step is made, and the moments in it;
       None: no such thing.
     learn: ``(s, g) -> s``, every step, after it.
-    first: ``(s, g) -> s`` in place of the first step, if `in_basis` skips that.
+    first: ``s -> s``, the basis that the first gradient gives, after `learn`, where `in_basis`
+      skips the first step (and there is an `after`).
     residual: ``(s, g, x, u) -> (update, s)``, what to add to the lifted step: from the gradient,
       its coordinates and the step in coordinates.
     """
@@ -39,7 +41,7 @@ class Basis(NamedTuple):
     before: Callable[[Any, Array], Any] | None = None
     after: Callable[[Any, Array, Array], tuple[Any, Array, Array]] | None = None
     learn: Callable[[Any, Array], Any] = lambda s, g: s
-    first: Callable[[Any, Array], Any] = lambda s, g: s
+    first: Callable[[Any], Any] = lambda s: s
     residual: Callable[[Any, Array, Array, Array], tuple[Any, Any]] = lambda s, g, x, u: (0.0, s)
 
 
@@ -78,7 +80,8 @@ def in_basis(
       b1, b2, eps: Adam's.
       every: `before` runs at the updates 0, every, 2 every, ..., `after` at every, 2 every, ...
       weight_decay: adds weight_decay w to u (decoupled: not in the moments).
-      skip_first: the first update is zero, and only the bases learn from its gradient (`first`).
+      skip_first: the first update is zero, and only the bases learn from its gradient (`learn`,
+        then `first`).
 
     >>> own = Basis(lambda w: (), lambda s, g: g, lambda s, x: x)
     >>> tx = in_basis(lambda params: {"w": own}, eps=0.0)
@@ -110,14 +113,19 @@ def in_basis(
             return updates, state
         own = of_leaves(updates)
         w = leaves if params is None else jax.tree.leaves(params)
-        t = state.count + (0 if skip_first else 1)
+        # where the first step is skipped, it is computed and not taken: a branch around all of it
+        # would copy the whole state out at every update
+        seen = state.count >= (1 if skip_first else 0)
+        taken = lambda new, old: jnp.where(seen, new, old) if skip_first else new
+        t = jnp.maximum(1, state.count + (0 if skip_first else 1))
         correction = jnp.sqrt(1 - b2**t) / (1 - b1**t)
+        due = jnp.where(seen, t % every == 0, 2)
 
         def step(b: Basis, s: Any, mu: Array, nu: Array, g: Array, w: Array):
             if b.before is not None:
                 s = jax.lax.cond(state.count % every == 0, b.before, lambda s, g: s, s, g)
             x = b.project(s, g)
-            mu, nu = b1 * mu + (1 - b1) * x, b2 * nu + (1 - b2) * x * x
+            mu, nu = taken(b1 * mu + (1 - b1) * x, mu), taken(b2 * nu + (1 - b2) * x * x, nu)
             n = mu / (jnp.sqrt(nu) + eps)
             more, s = b.residual(s, g, x, n)
             u = correction * (b.lift(s, n) + more)
@@ -125,26 +133,26 @@ def in_basis(
                 u = u + weight_decay * tree.float32(w)
             s = b.learn(s, g)
             if b.after is not None:
-                s, mu, nu = jax.lax.cond(t % every == 0, b.after, lambda *old: old, s, mu, nu)
-            return u, s, mu, nu
-
-        def look(b: Basis, s: Any, mu: Array, nu: Array, g: Array, w: Array):
-            return jnp.zeros_like(g), b.first(s, g), mu, nu
-
-        def every_leaf(fn: Callable[..., Any]) -> Callable[..., Any]:
-            return lambda *columns: [fn(b, *args) for b, *args in zip(own, *columns, strict=True)]
+                turns = [lambda *old: old, b.after, lambda s, mu, nu: (b.first(s), mu, nu)]
+                s, mu, nu = jax.lax.switch(due, turns, s, mu, nu)
+            return taken(u, jnp.zeros_like(u)), s, mu, nu
 
         stats = structure.flatten_up_to(state.bases)
         moments = jax.tree.leaves(state.mu), jax.tree.leaves(state.nu)
         columns = (stats, *moments, [tree.float32(g) for g in leaves], w)
-        if skip_first:
-            first = state.count == 0
-            rows = jax.lax.cond(first, every_leaf(look), every_leaf(step), *columns)
-        else:
-            rows = every_leaf(step)(*columns)
+        rows = [step(b, *args) for b, *args in zip(own, *columns, strict=True)]
         out = [u.astype(g.dtype) for (u, *_), g in zip(rows, leaves, strict=True)]
         rest = [jax.tree.unflatten(structure, [row[i] for row in rows]) for i in (2, 3, 1)]
         count = jnp.asarray(optax.safe_increment(state.count))
         return jax.tree.unflatten(structure, out), BasisState(count, *rest)
 
     return optax.GradientTransformationExtraArgs(init, cast(Any, update))
+
+
+def row_major(x: Array) -> Array:
+    """Keep the layout that LAPACK wants, by columns, from spreading to the whole state.
+
+    The branches of a `cond` share one layout: without it, every update would transpose the moments
+    and the bases for the few that turn them.
+    """
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))

@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from jaxkit import tree
-from jaxkit.optim.basis import Basis, in_basis
+from jaxkit.optim.basis import Basis, in_basis, row_major
 
 __all__ = ["fira", "galore"]
 
@@ -121,8 +121,8 @@ def _low_rank(rank: int, scale: Any, where: tree.Where, residual: str | None, li
             return Directions(jnp.zeros((r, short), w.dtype), jnp.zeros((), w.dtype))
 
         def before(s: Directions, g: Array) -> Directions:
-            u, _, v = jnp.linalg.svd(g, full_matrices=False)
-            return s._replace(rows=v[:r] if tall else u[:, :r].T)
+            u, _, v = jnp.linalg.svd(row_major(g), full_matrices=False)
+            return s._replace(rows=row_major(v[:r] if tall else u[:, :r].T))
 
         project = lambda s, g: g @ s.rows.T if tall else s.rows @ g
         back = lambda s, x: x @ s.rows if tall else s.rows.T @ x
