@@ -1,4 +1,4 @@
-"""The critical batch size grows with the data, not with the model.
+"""The critical batch size grows with the data.
 
 Up to the critical batch size, twice the batch needs half of the steps to the same loss; beyond it,
 steps fall no more and data are wasted. "How Does Critical Batch Size Scale in Pre-training?"
@@ -11,7 +11,9 @@ Here the model is a perceptron that reads a few characters of CPython's document
 next, trained with Adam. The amount of data D sets the target, as in the paper: it is the held-out
 loss that the reference batch reaches after D examples. Averages of the weights with several decays
 are kept in each run, and learning rate and decay with the fewest steps count; between two
-validations the loss is interpolated in the logarithms.
+validations the loss is interpolated in the logarithms. The exponent of the data comes out as in the
+paper; that of the parameters does not at this size, where the wider model reaches a lower loss with
+the same data.
 
 Hanlin Zhang, Depen Morwani, Nikhil Vyas, Jingfeng Wu, Difan Zou, Udaya Ghai, Dean Foster,
 Sham Kakade, arXiv 2410.21676.
@@ -234,6 +236,7 @@ def claims(settings: Settings, rows: list[Row]) -> list[Claim]:
     slope = lambda x, y: float(np.polyfit(np.log(x), np.log(y), 1)[0])
     by_data = [slope(data, line) if complete else np.nan for line in sizes]
     by_size = [slope(parameters, line) if complete else np.nan for line in sizes.T]
+    more = 100 * settings.overhead
     worst = max(misfit(settings, f) for line in found for f in line)
     name = lambda values: ", ".join(f"{v:.0f}" for v in values)
     each = "; ".join(
@@ -244,11 +247,10 @@ def claims(settings: Settings, rows: list[Row]) -> list[Claim]:
         line[-1].steps * np.array(settings.batches) / (line[-1].steps[0] * settings.batches[0])
         for line in found
     ]
-    below = [
-        c[np.array(settings.batches) <= size].max()
-        for c, size in zip(cost, np.nan_to_num(sizes[:, -1]), strict=True)
-        if size >= settings.batches[0]
-    ]
+    batches = np.array(settings.batches)
+    pairs = list(zip(cost, np.nan_to_num(sizes[:, -1]), strict=True))
+    below = [c[batches <= size].max() for c, size in pairs if size >= batches[0]]
+    above = [c[batches >= 2 * size].min() for c, size in pairs if size <= batches[-1] / 2]
     return [
         Claim(
             "Steps to the target follow a + b / B",
@@ -272,12 +274,16 @@ def claims(settings: Settings, rows: list[Row]) -> list[Claim]:
         ),
         Claim(
             "Up to the critical batch size a larger batch costs little data, beyond it much",
-            f"at most {100 * settings.overhead:.0f}% more, give or take 10 points; at the largest "
-            "batch twice as much or more",
-            f"{100 * max(below, default=np.nan) - 100:.0f}% at most below it; "
+            f"at most {more + 10:.0f}% more up to it, and over {more:.0f}% from twice of it on",
+            f"at most {100 * max(below, default=np.nan) - 100:.0f}%, and at least "
+            f"{100 * min(above, default=np.nan) - 100:.0f}%; at a batch of {batches[-1]} "
             + " and ".join(f"{c[-1]:.1f}" for c in cost)
-            + f" times the data at {settings.batches[-1]}",
-            bool(below) and max(below) <= 1.1 + settings.overhead and all(c[-1] >= 2 for c in cost),
+            + " times the data",
+            bool(
+                complete
+                and max(below, default=np.inf) <= 1.1 + settings.overhead
+                and min(above, default=0) > 1 + settings.overhead
+            ),
         ),
     ]
 
@@ -305,9 +311,8 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
                     b.plot(fine, law * fine / reference, lw=1.2, **style)
                     b.plot(sizes, one.steps * sizes / reference, marks[w % 4], label=label, **style)
     start = found[0][-1].steps[0]
-    a.plot(fine, start * sizes[0] / fine, color=figures.GREY, ls=":", lw=1.2)
-    a.annotate("linear scaling", (fine[-1], start * sizes[0] / fine[-1]), color="#555",
-               fontsize=8.5, ha="right", va="bottom", rotation=-32)  # fmt: skip
+    scaling = start * sizes[0] / fine
+    a.plot(fine, scaling, color=figures.GREY, ls=":", lw=1.2, label="linear scaling")
     ticks = [int(n) for n in sizes]
     for axes in (a, b):
         axes.set_xscale("log")

@@ -196,7 +196,7 @@ def run(settings: Settings, folder: Path | None) -> Run:
         return jnp.minimum(jnp.nan_to_num(losses, nan=DIVERGED), DIVERGED), norms
 
     def budget(number, steps) -> list[Row]:
-        """Train with all schedules, then with the refined one, at all rates and seeds."""
+        """Train with every schedule, and with the refined one, at all rates and seeds."""
         task = tasks[WORKLOADS[number]]
         rng = np.random.default_rng((settings.seed, number))
         shape = (settings.seeds, steps, settings.batch)
@@ -204,19 +204,21 @@ def run(settings: Settings, folder: Path | None) -> Run:
         params, rates = jax.vmap(task.init)(keys), jnp.array(task.rates)
 
         @jax.jit
-        def every(tables, params, batches):
+        def every(table, params, batches):
             one = lambda *args: train(task, *args)
             seeds = jax.vmap(one, (None, None, 0, 0))
-            rated = jax.vmap(seeds, (None, 0, None, None))
-            return jax.vmap(rated, (0, None, None, None))(tables, rates, params, batches)
+            return jax.vmap(seeds, (None, 0, None, None))(table, rates, params, batches)
 
-        given = shapes(settings, steps)
-        losses, norms = every(jnp.asarray(given, jnp.float32), params, batches)
-        best = losses[1, :, :, 0].mean(1).argmin()  # the rate of the linear schedule
-        norms = np.exp(np.log(np.asarray(norms[1, best], np.float64) + 1e-12).mean(0))
+        def follow(table):
+            found = every(jnp.asarray(table, jnp.float32), params, batches)
+            return [np.asarray(x, np.float64) for x in found]
+
+        tables = shapes(settings, steps)
+        losses, norms = zip(*map(follow, tables), strict=True)
+        best = losses[1][..., 0].mean(1).argmin()  # the rate of the linear schedule
+        norms = np.exp(np.log(norms[1][best] + 1e-12).mean(0))
         refined = np.asarray(optim.refined(norms, norm=task.norm)(jnp.arange(steps)))
-        more, _ = every(jnp.asarray(refined)[None], params, batches)
-        losses = np.concatenate([np.asarray(losses, np.float64), np.asarray(more, np.float64)])
+        losses = [*losses, follow(refined)[0]]
         shown = np.unique(np.linspace(0, steps - 1, 101).round().astype(int))
         return [
             {
@@ -230,7 +232,7 @@ def run(settings: Settings, folder: Path | None) -> Run:
                 "warmup": int(np.argmax(table)),
             }
             for schedule, loss, table in zip(
-                names(settings), losses, [*given, refined], strict=True
+                names(settings), losses, [*tables, refined], strict=True
             )
         ]
 
@@ -243,7 +245,7 @@ def run(settings: Settings, folder: Path | None) -> Run:
     adam = optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1))
     spans = settings.second // settings.every
 
-    def follow(carry, table, x, y, batches):
+    def go_on(carry, table, x, y, batches):
         """Train with AdamW, at the rates of a table."""
 
         def step(carry, now):
@@ -262,13 +264,13 @@ def run(settings: Settings, folder: Path | None) -> Run:
         x, y = jnp.asarray(data.x[:half]), jnp.asarray(data.y[:half])
         decay = optax.cosine_decay_schedule(settings.peak, settings.first, settings.floor)
         start = (params, adam.init(params))
-        start = follow(start, decay(jnp.arange(settings.first)), x, y, order[: settings.first])
+        start = go_on(start, decay(jnp.arange(settings.first)), x, y, order[: settings.first])
         rest = order[settings.first :].reshape(spans, settings.every, -1)
         both = lambda params: jnp.stack([images(params, test) for test in (upstream, downstream)])
 
         def one(table):
             def span(carry, now):
-                carry = follow(carry, now[0], turned, y_turned, now[1])
+                carry = go_on(carry, now[0], turned, y_turned, now[1])
                 return carry, both(carry[0])
 
             now = (table.reshape(spans, settings.every), rest)
