@@ -3,9 +3,10 @@
 Files shaped like a language model and a few fine-tunings of it are merged by ``python -m jaxkit
 merge`` and by mergekit, by TIES and by averaging, as whole processes that read the same files and
 write one. All are measured in turn, in rounds, so that the ratios hold on a machine that does other
-things too. A merge of a few thousand numbers tells how much of the time is the start: Python,
-imports, and what is compiled. mergekit is not part of jaxkit: name a Python that has it by
-``--mergekit``; without one, jaxkit is measured alone.
+things too; the processors' time, of all threads together, depends on those less. A merge of a few
+thousand numbers tells how much of it is the start: Python, imports, and what is compiled. mergekit
+is not part of jaxkit: name a Python that has it by ``--mergekit``; without one, jaxkit is measured
+alone.
 
 mergekit's TIES ranks the entries of each leaf, by sorting them; jaxkit's with ``--scope leaf`` does
 the same, by counting. With ``--scope tree``, as in the paper, all leaves are ranked together.
@@ -183,9 +184,9 @@ def ratios(rows: list[Row], method: str, what: str = "seconds") -> np.ndarray:
 
 
 def beyond(rows: list[Row], method: str, tool: str) -> float:
-    """Return the median seconds of a merge without its start."""
-    start = np.median(times(rows, "TIES", tool, "start"))
-    return float(np.median(times(rows, method, tool, "whole")) - start)
+    """Return the median seconds of the processors for a merge without its start."""
+    start = np.median(times(rows, "TIES", tool, "start", "cpu"))
+    return float(np.median(times(rows, method, tool, "whole", "cpu")) - start)
 
 
 def claims(settings: Settings, rows: list[Row]) -> list[Claim]:
@@ -227,13 +228,13 @@ def claims(settings: Settings, rows: list[Row]) -> list[Claim]:
         ),
         claim(
             "TIES is as much faster without the start of both programs",
-            "at least 3 times",
+            "at least 3 times less of the processors' time",
             lambda: later("TIES"),
             lambda: beyond(rows, "TIES", "mergekit") >= 3 * beyond(rows, "TIES", "jaxkit"),
         ),
         claim(
             "Linear merging takes no longer without the start of both programs",
-            "at most 1.1 times the time",
+            "at most 1.1 times the processors' time",
             lambda: later("average"),
             lambda: beyond(rows, "average", "jaxkit") <= 1.1 * beyond(rows, "average", "mergekit"),
         ),
@@ -249,20 +250,17 @@ def claims(settings: Settings, rows: list[Row]) -> list[Claim]:
 def plot(settings: Settings, rows: list[Row]) -> Figure:
     """Draw the times of all merges, and the ratios of every round."""
     figure, (a, b) = figures.panels(1, 2, (11, 3.4))
-    labels, starts, rests, cpus, colors = [], [], [], [], []
+    labels, starts, wholes, cpus, colors = [], [], [], [], []
     for method in METHODS:
         for tool, color in (("mergekit", figures.GREY), ("jaxkit", figures.BLUE)):
-            whole = times(rows, method, tool, "whole")
-            if whole.size:
-                start = float(np.median(times(rows, "TIES", tool, "start")))
+            if times(rows, method, tool, "whole").size:
                 labels.append(f"{method}, {tool}")
-                starts.append(start)
-                rests.append(max(0.0, float(np.median(whole)) - start))
+                wholes.append(float(np.median(times(rows, method, tool, "whole"))))
+                starts.append(float(np.median(times(rows, "TIES", tool, "start"))))
                 cpus.append(float(np.median(times(rows, method, tool, "whole", "cpu"))))
                 colors.append(color)
-    a.barh(labels, starts, 0.6, color=colors, alpha=0.45)
-    bars = a.barh(labels, rests, 0.6, left=starts, color=colors)
-    a.bar_label(bars, [f"{s + r:.1f}" for s, r in zip(starts, rests, strict=True)], padding=5)
+    a.bar_label(a.barh(labels, wholes, 0.6, color=colors), fmt="%.1f", padding=5)
+    a.barh(labels, np.minimum(starts, wholes), 0.6, color="white", alpha=0.55)
     a.plot(cpus, labels, "|", color="#222", ms=13, mew=1.6, label="processors' time")
     a.invert_yaxis()
     a.grid(axis="y", visible=False)
@@ -270,11 +268,12 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
     a.legend(fontsize=8, loc="lower right")
     a.set(title="a  Whole processes (pale: the start)", xlabel="seconds (median of the rounds)")
 
+    colors = {"seconds": figures.BLUE, "cpu": figures.GREEN}
     for place, method in enumerate(("TIES", "average")):
-        for what, mark, shift in (("seconds", "o", -0.09), ("cpu", "|", 0.09)):
+        for what, mark, shift in (("seconds", "o", -0.09), ("cpu", "d", 0.09)):
             found = ratios(rows, method, what)
             label = {"seconds": "time", "cpu": "processors' time"}[what] if not place else None
-            b.plot(np.full(found.size, place + shift), found, mark, color=figures.BLUE, label=label)
+            b.plot(np.full(found.size, place + shift), found, mark, color=colors[what], label=label)
     for place, due in ((0, 3), (1, 1 / 1.1)):
         b.plot([place - 0.3, place + 0.3], [due, due], color=figures.RED, linestyle="--",
                label=None if place else "due: above")  # fmt: skip
