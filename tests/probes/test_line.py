@@ -65,7 +65,7 @@ def test_barriers_at_the_gap_and_at_the_peak():
 
 def test_coordinates_along_a_line():
     d = flat(B) - flat(A)
-    length = jnp.linalg.norm(d)
+    length = float(jnp.linalg.norm(d))
     off = jnp.linspace(-1, 1, 30)
     off = off - (off @ d) / (d @ d) * d
     shift = [np.asarray(off[:12]).reshape(4, 3), off[12:15], np.asarray(off[15:]).reshape(3, 5)]
@@ -77,7 +77,7 @@ def test_coordinates_along_a_line():
         moved = on | {k: on[k] + s for k, s in zip(("w", "bias", "v"), shift, strict=True)}
         found = probes.along(moved, A, B)
         assert found.alpha == pytest.approx(t * length, rel=1e-4, abs=1e-4)
-        assert found.beta == pytest.approx(jnp.linalg.norm(off), rel=1e-4)
+        assert found.beta == pytest.approx(float(jnp.linalg.norm(off)), rel=1e-4)
 
 
 # ---------------------------------------------------------------------------------- pushes
