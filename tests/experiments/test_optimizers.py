@@ -74,16 +74,18 @@ def test_scores_of_known_curves():
 
 def test_claims_can_hold_and_fail():
     rows = made_up({SOAP: 2.0, NADAMW: 1.4, "Lookahead": 2.0, "Prodigy": 0.2, "DoG": 0.2})
-    names = ["soap", "fira", "lookahead", "top", "none", "poor", "close"]
+    names = ["fewer", "soap", "fira", "lookahead", "top", "none", "poor", "close"]
     verdicts = lambda rows: dict(
         zip(names, (claim.holds for claim in optimizers.claims(SMALL, rows)), strict=True)
     )
     found = verdicts(rows)
-    assert found["soap"] and found["fira"] and found["lookahead"] and found["poor"]
+    assert (
+        found["fewer"] and found["soap"] and found["fira"] and found["lookahead"] and found["poor"]
+    )
     assert not found["none"] and not found["close"]
     assert isinstance(optimizers.plot(SMALL, rows), Figure)
     found = verdicts(made_up({ADAMW: 0.5, SOAP: 0.1, "Fira": 0.2, "Prodigy": 1.0}))
-    assert not any(found[name] for name in ("soap", "fira", "top", "poor"))
+    assert not any(found[name] for name in ("fewer", "soap", "fira", "top", "poor"))
     split = {("digits", SOAP): 4.0, ("teacher", "DoG"): 4.0}
     assert verdicts(made_up(split))["none"]
 
