@@ -116,7 +116,7 @@ def run(settings: Settings, folder: Path | None) -> Run:
             return params, state, jax.tree.map(mix, means, params)
 
         def span(carry, ends):
-            carry = lax.fori_loop(*ends, step, carry)
+            carry = lax.fori_loop(ends[0], ends[1], step, carry)
             return carry, jax.vmap(lambda mean: loss_fn(mean, *held))(carry[2])
 
         means = jax.tree.map(lambda w: jnp.stack([w] * len(decays)), params)

@@ -118,7 +118,7 @@ ONE_BY_ONE = (SOAP, FIRA)
 
 def methods(settings: Settings) -> dict[str, Method]:
     """Return the optimizers by name."""
-    decay = {"weight_decay": settings.decay}
+    decay: dict[str, Any] = {"weight_decay": settings.decay}
     free = lambda rate: optax.contrib.schedule_free_adamw(rate, **decay)
     prodigy = lambda rate: optax.contrib.prodigy(rate, safeguard_warmup=True, **decay)
     found = {

@@ -124,7 +124,7 @@ class Workload(NamedTuple):
     init: Callable
     loss: Callable
     train: Any
-    held_out: tuple[Any, Any]
+    held_out: Any
     optimizer: Callable[[optax.Schedule], optax.GradientTransformation]
     rates: tuple[float, ...]
     norm: Any

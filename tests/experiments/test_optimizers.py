@@ -79,9 +79,7 @@ def test_claims_can_hold_and_fail():
         zip(names, (claim.holds for claim in optimizers.claims(SMALL, rows)), strict=True)
     )
     found = verdicts(rows)
-    assert (
-        found["fewer"] and found["soap"] and found["fira"] and found["lookahead"] and found["poor"]
-    )
+    assert all(found[name] for name in ("fewer", "soap", "fira", "lookahead", "poor"))
     assert not found["none"] and not found["close"]
     assert isinstance(optimizers.plot(SMALL, rows), Figure)
     found = verdicts(made_up({ADAMW: 0.5, SOAP: 0.1, "Fira": 0.2, "Prodigy": 1.0}))
