@@ -480,9 +480,10 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
             label = f"{name}, {workload}" if name == REFINED else name
             x = np.linspace(0, 100, len(shape))
             a.plot(x, shape, color=color, ls=dashes, lw=1.6, label=label)
-    a.set(title="a  Schedules", xlabel=f"steps done (% of {longest})", ylim=(-0.03, 1.05))
+    a.set(title="a  Schedules", xlabel=f"steps done (% of {longest})", ylim=(-0.48, 1.05))
+    a.set_yticks(np.linspace(0, 1, 6))
     a.set_ylabel("rate, as a part of the peak")
-    a.legend(fontsize=8, loc="lower left", frameon=True, edgecolor="none")
+    a.legend(fontsize=8, loc="lower center", ncols=2)
 
     width = 0.8 / len(colors)
     for axes, workload, letter in ((b, WORKLOADS[0], "b"), (c, WORKLOADS[1], "c")):
@@ -502,14 +503,16 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
         axes.set(xlabel="steps in all (colours as in a)")
         axes.set_ylabel("held-out loss (% more than with linear decay)")
 
+    best = np.inf
     for name, color in colors.items():
         row = own_row(rows, WORKLOADS[1], longest, name)
-        figures.band(d, row["rates"], row["judge"], color, name, marker="o", ms=3.5, lw=1.4)
+        means = np.mean(row["judge"], axis=1)
+        d.plot(row["rates"], means, color=color, marker="o", ms=3.5, lw=1.4)
+        best = min(best, means.min())
     d.set_xscale("log")
     rates = settings.adam
     d.set_xticks(rates, [f"{rate:g}" for rate in rates], fontsize=8)
     d.minorticks_off()
-    best = min(np.min(own_row(rows, WORKLOADS[1], longest, n)["judge"]) for n in colors)
     d.set(title=f"d  The peak rate: {WORKLOADS[1]}, {longest} steps", xlabel="peak rate of Adam")
     d.set(ylabel="held-out cross-entropy (nats)", ylim=(best - 0.03, best + 0.6))
 
