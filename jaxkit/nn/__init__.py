@@ -11,6 +11,12 @@ from jaxkit.nn.ensemble import (
     mask_classes,
     max_probability,
 )
+from jaxkit.nn.equivariant import (
+    equivariant_apply,
+    equivariant_init,
+    invariant_apply,
+    invariant_init,
+)
 from jaxkit.nn.ghost import GhostStats, ghost_batch_norm
 from jaxkit.nn.mixed import max_w
 
@@ -19,8 +25,12 @@ __all__ = [
     "GhostStats",
     "concatenated_features",
     "dropout_head",
+    "equivariant_apply",
+    "equivariant_init",
     "fold_depth",
     "ghost_batch_norm",
+    "invariant_apply",
+    "invariant_init",
     "levi_apply",
     "levi_init",
     "levi_loss",
