@@ -152,12 +152,14 @@ def rewarm(
 def stretch(schedule: optax.Schedule, factor: float | Array) -> optax.Schedule:
     """Stretch a schedule in time: every boundary comes `factor` times as late.
 
-    Regime adaptation: a batch that is larger by ``factor = ceil(large / small)`` gets the same
-    number of updates, that is as many times the epochs. (With it the learning rate grows by
-    sqrt(large / small), and the gradient is clipped to a global norm of 5 after averaging.)
+    Regime adaptation to a batch that is larger by ``factor = ceil(large / small)``: a schedule over
+    epochs is stretched by it, and there are as many updates as before. A schedule over updates
+    stays as it is then, and ``stretch(schedule, 1 / factor)`` is what the same number of epochs
+    would make of it, which costs accuracy. (The learning rate grows by sqrt(large / small), and the
+    gradient is clipped to a global norm of 5 after averaging.)
 
-    Boundaries are met exactly for integer factors: update m * factor is the first to have the value
-    of update m, for counts up to 2^24.
+    Boundaries are met exactly for integer factors: count m * factor is the first to have the value
+    of count m, up to 2^24.
 
     Args:
       schedule: ``count -> value``; it is asked for fractions of a step in between.

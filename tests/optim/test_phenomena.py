@@ -114,6 +114,36 @@ def test_plain_sgd_keeps_up_with_adam_at_batch_one_and_not_in_large_batches():
     assert larger > 1.5, larger
 
 
+def test_large_batches_need_as_many_updates_rather_than_as_many_epochs():
+    """Batches of 16 and 144: 4 epochs, the same at a rate times 3, and 9 times as many."""
+    x, y = digits()
+    n, small, large = 1296, 16, 144
+    updates = 4 * n // small
+    regime = lambda rate: optax.piecewise_constant_schedule(
+        rate, {updates // 2: 0.1, 3 * updates // 4: 0.1}
+    )
+
+    def run(batch, schedule, epochs):
+        tx = optax.chain(optax.clip_by_global_norm(5.0), optax.sgd(schedule, momentum=0.9))
+
+        def accuracy(key):
+            order, own = jax.random.split(key)
+            shuffle = lambda k: jax.random.permutation(k, n).reshape(-1, batch)
+            index = jax.vmap(shuffle)(jax.random.split(order, epochs)).reshape(-1, batch)
+            params, _ = train(tx, draw(own, [64, 32, 10]), (x, y), index)
+            return jnp.mean(jnp.argmax(mlp(params, x[n:]), axis=1) == y[n:])
+
+        return float(jax.jit(jax.vmap(accuracy))(jax.random.split(KEY, 3)).mean())
+
+    factor = large // small
+    squeezed = lambda rate: optim.stretch(regime(rate), 1 / factor)
+    reference = run(small, regime(0.05), 4)
+    plain, faster = run(large, squeezed(0.05), 4), run(large, squeezed(0.15), 4)
+    longer = run(large, regime(0.15), 4 * factor)
+    assert plain < faster - 0.05 and faster < reference - 0.03, (plain, faster, reference)
+    assert longer > reference - 0.005, (longer, reference)
+
+
 def test_distance_from_the_start_grows_as_the_logarithm_of_time():
     """At constant rates; better than by a power law or a root, which fit the first steps."""
     x, y = digits()
