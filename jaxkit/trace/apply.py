@@ -44,7 +44,9 @@ def positions(entry: Entry, indices: Mapping[str, Any]) -> Any:
     return np.arange(entry)
 
 
-def take(params: PyTree, axes: PyTree, indices: Mapping[str, Int[Array, " units"]]) -> PyTree:
+def take(
+    params: PyTree, axes: PyTree, indices: Mapping[str, Int[Array | np.ndarray, " units"]]
+) -> PyTree:
     """Take units of axes, in the given order, on every dimension that the axis runs along.
 
     Along a dimension that is the axis itself, `new[i] = old[indices[i]]`; the factors of a product
@@ -99,7 +101,7 @@ def take(params: PyTree, axes: PyTree, indices: Mapping[str, Int[Array, " units"
 
 
 def permute(
-    params: PyTree, axes: PyTree, permutations: Mapping[str, Int[Array, " units"]]
+    params: PyTree, axes: PyTree, permutations: Mapping[str, Int[Array | np.ndarray, " units"]]
 ) -> PyTree:
     """Permute the units of axes; the function of the params stays what it was.
 

@@ -41,7 +41,7 @@ def align(
     *,
     where: tree.Where = "**",
     key: PRNGKeyArray | None = None,
-    start: Mapping[str, Any] | None = None,
+    start: Mapping[str, Int[Array | np.ndarray, " units"]] | None = None,
     rounds: int = 100,
 ) -> Permutations:
     """Match the weights: permute b so that the sum of a * b over all entries is large.
