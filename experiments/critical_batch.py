@@ -13,7 +13,7 @@ loss that the reference batch reaches after D examples. Averages of the weights 
 are kept in each run, and learning rate and decay with the fewest steps count; between two
 validations the loss is interpolated in the logarithms. The exponent of the data comes out as in the
 paper; that of the parameters does not at this size, where the wider model reaches a lower loss with
-the same data.
+the same data. ``--data`` takes a folder with other text, in ``.txt`` files.
 
 Hanlin Zhang, Depen Morwani, Nikhil Vyas, Jingfeng Wu, Difan Zou, Udaya Ghai, Dean Foster,
 Sham Kakade, arXiv 2410.21676.

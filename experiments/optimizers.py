@@ -10,13 +10,14 @@ workloads, come close to NadamW calibrated alike.
 Here the workloads are a perceptron on digits that are shifted by up to a pixel, a logistic
 regression on the breast-cancer data, a student of a noisy teacher network on ill-conditioned
 inputs, and a model of the next character of CPython's documentation. Time is counted in steps, all
-of the same batch: the seconds of such small models are those of the machine and of the compiler
-(they are in the metrics, and no claim is made of them). The target is what tuned AdamW reaches in
-half of the steps, so that it reaches all of them by construction. Rates are constant after a short
-warmup, so that no horizon is hidden in a schedule; every optimizer is tried at the same multiples
-of the default rate of its paper or of optax (SGD has none: its 0.03 is ours, and it is not among
-the defaults). Of Prodigy and DoG, that find their rate, the multiples of what they find are tried;
-DoG is without the averaging of weights that its authors recommend.
+of the same batch: the time that a step of such small models takes is that of the machine and of the
+compiler (the figure has it for the last workload, and no claim is made of it: SOAP and Fira run one
+by one, the others all rates and seeds at once). The target is what tuned AdamW reaches in half of
+the steps, so that it reaches all of them by construction. Rates are constant after a short warmup,
+so that no horizon is hidden in a schedule; every optimizer is tried at the same multiples of the
+default rate of its paper or of optax (SGD has none: its 0.03 is ours, and it is not among the
+defaults). Of Prodigy and DoG, that find their rate, the multiples of what they find are tried; DoG
+is without the averaging of weights that its authors recommend.
 
 George E. Dahl and others, arXiv 2306.07179 (AlgoPerf); Priya Kasimbeg, Vincent Roulet, Naman
 Agarwal, Sourabh Medapati, Fabian Pedregosa, Atish Agarwala, George E. Dahl, arXiv 2505.24005
@@ -356,6 +357,12 @@ def ratio(steps: np.ndarray, method: str, other: str) -> float:
     return float(np.exp(np.mean(np.log(a / b)))) if np.isfinite(a).all() else np.inf
 
 
+def microseconds(settings: Settings, rows: list[Row], method: str) -> float:
+    """Return what a step of one run took on the last workload, here and this time."""
+    (row,) = (r for r in rows if (r["workload"], r["method"]) == (WORKLOADS[-1], method))
+    return 1000 * row["milliseconds"] / (len(settings.ladder) * settings.seeds)
+
+
 def number(steps: float) -> str:
     """Write steps, that may be infinite."""
     return f"{steps:.0f}" if np.isfinite(steps) else "missed"
@@ -463,7 +470,10 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
             text = number(steps)
             color = "white" if shown[j, k] > 0.55 * settings.tau_max else "black"
             b.text(k, j, text, ha="center", va="center", fontsize=9, color=color)
-    b.set_xticks(range(len(WORKLOADS)), WORKLOADS)
+        cost = f"{microseconds(settings, rows, METHODS[i]):.0f}"
+        b.text(len(WORKLOADS), j, cost, ha="center", va="center", fontsize=9, color="#555")
+    b.set_xlim(-0.5, len(WORKLOADS) + 0.5)
+    b.set_xticks(range(len(WORKLOADS) + 1), [*WORKLOADS, "µs a step"])
     b.set_yticks(range(len(order)), [METHODS[i] for i in order])
     b.grid(visible=False)
     b.set(title="b  Steps to the target (colour: multiple of the fewest)")
@@ -503,7 +513,8 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
     d.set(xlabel="steps", ylabel="held-out cross-entropy (nats)", ylim=(low - 0.05, goal + 0.9))
     figure.supxlabel(
         f"Steps are medians of {settings.seeds} seeds, in units of {settings.every}. Targets are "
-        f"what AdamW reaches in {100 * settings.target:.0f}% of the {settings.steps} steps.",
+        f"what AdamW reaches in {100 * settings.target:.0f}% of the {settings.steps} steps. "
+        f"A step's time: on {WORKLOADS[-1]}, of one run.",
         fontsize=8.5,
         color="#555",
     )

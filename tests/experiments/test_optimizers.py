@@ -50,7 +50,8 @@ def made_up(speed):
             pace = speed.get((workload, method), speed.get(method, 1.0))
             loss = 1 / (pace * np.outer([1.0, 0.5], steps))
             loss = np.stack([loss, loss], 1)
-            rows.append({"workload": workload, "method": method, "loss": loss.tolist()})
+            row = {"workload": workload, "method": method, "milliseconds": 8.0}
+            rows.append(row | {"loss": loss.tolist()})
     return rows
 
 
@@ -70,6 +71,7 @@ def test_scores_of_known_curves():
     assert optimizers.ratio(found.steps, "SGD, momentum", ADAMW) == np.inf
     assert (found.rate == 0).all()  # the faster one
     np.testing.assert_array_equal(found.calibrated, found.default)
+    assert optimizers.microseconds(SMALL, rows, SOAP) == 2000  # of four runs
 
 
 def test_claims_can_hold_and_fail():
