@@ -1,7 +1,9 @@
 """SOAP: Adam in the eigenbasis of Shampoo's factors."""
 
+from functools import partial
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax.scipy.linalg import block_diag, solve_triangular
@@ -20,6 +22,7 @@ class Kronecker(NamedTuple):
     vectors: tuple[Array | None, ...]
 
 
+@partial(jax.custom_jvp, nondiff_argnums=(1,))
 def orthonormal(x: Float[Array, "n n"], block: int = 256) -> Float[Array, "n n"]:
     """Return the Q of ``jnp.linalg.qr``, by products of blocks where x is large.
 
@@ -36,6 +39,11 @@ def orthonormal(x: Float[Array, "n n"], block: int = 256) -> Float[Array, "n n"]
     rest = x[block:, block:] - v[block:] @ (t.T @ (v.T @ x[:, block:]))
     q = block_diag(eye[:block], orthonormal(rest, block))
     return q - v @ (t @ (v.T @ q))
+
+
+@orthonormal.defjvp
+def _derivative(block: int, primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    return jax.jvp(lambda x: jnp.linalg.qr(x)[0], primals, tangents)
 
 
 def scale_by_soap(
@@ -133,6 +141,8 @@ def soap(
 
     State: for a leaf of shape (m, n) the moments 2 m n, and 2 (m^2 + n^2) for factors and vectors,
     in float32. `eigh` and `qr` need a whole factor: shard the factors' state by leaf, not within.
+    On a CPU they are OpenBLAS's, whose threads wait for each other actively: on a busy machine one
+    (``OPENBLAS_NUM_THREADS=1``) is faster than several.
 
     Args:
       learning_rate: a number or a schedule.

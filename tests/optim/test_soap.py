@@ -104,6 +104,14 @@ def test_orthonormal_is_the_q_of_qr(n, zeros):
         np.testing.assert_allclose(q[:, : n - zeros], want[:, : n - zeros], atol=1e-13)
 
 
+def test_orthonormal_has_the_derivative_of_qr():
+    x, v = RNG.normal(size=(2, 9, 9))
+    with jax.enable_x64(True):
+        slope = jax.jit(lambda x, v: jax.jvp(lambda x: orthonormal(x, block=4), (x,), (v,)))(x, v)
+        around = [np.linalg.qr(x + sign * 1e-6 * v)[0] for sign in (1, -1)]
+        np.testing.assert_allclose(slope[1], (around[0] - around[1]) / 2e-6, atol=1e-6)
+
+
 def adam_with_eps_before(w, gradients, lr, b1, b2, eps):
     mu = nu = np.zeros_like(w)
     for t, g in enumerate(gradients, 1):
