@@ -9,8 +9,8 @@ from experiments import linear_path
 from tests.runs import all_rows
 
 SETTINGS = replace(
-    linear_path.Settings(), train=300, test=200, seeds=2, widths=(16, 48), push_width=24, steps=200,
-    points=11, between=5, learned_steps=5, push_times=(0, 150),
+    linear_path.Settings(), train=300, test=200, seeds=1, widths=(24,), push_width=24, steps=160,
+    points=11, between=5, learned_steps=3, push_times=(0, 150),
 )  # fmt: skip
 
 
