@@ -1,4 +1,4 @@
-"""Data: corruptions of labelled sets, networks that interpolate them, what to keep of a set."""
+"""Data: corruptions of sets, networks that interpolate them, what to keep, networks as data."""
 
 from jaxkit.data.corrupt import gaussian, random_labels, random_pixels, shuffled_pixels
 from jaxkit.data.filter import perplexity, perplexity_filter

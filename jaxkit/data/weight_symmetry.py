@@ -62,9 +62,9 @@ def flipped_signs(
     """Flip the sign of units: of all that produces them (W, b), and of all that consumes them.
 
     With s_j = -1 with probability `rate`, else 1: W[:, j] s_j, b[j] s_j and W'[j, :] s_j. The
-    function stays what it was if there is nothing but odd functions of single units between the
-    leaves that produce them and those that consume them. The output has no axis, so the last layer
-    keeps its signs.
+    function stays what it was if there is nothing but odd functions of single units, and sums of
+    them, between the leaves that produce them and those that consume them (no norm, and no gate,
+    which multiplies two). The output has no axis, so the last layer keeps its signs.
 
     Args:
       key: a typed key.

@@ -44,7 +44,7 @@ def flipped(key, params, batch, n):
 def shifted(key, params, batch, n):
     axes = {"w": (None, "a"), "b": ("a",), "v": ("a", None)}
     roles = trace.roles(siren, SIREN, jnp.ones((1, 2)))
-    return data.shifted_phases(key, SIREN, axes, roles, activation=lambda x: jnp.sin(30 * x), w0=n)
+    return data.shifted_phases(key, SIREN, axes, roles, activation=lambda x: jnp.sin(n * x), w0=n)
 
 
 def mixed(key, params, batch, n):
