@@ -1,4 +1,4 @@
-"""Distillation from two teachers: an update of a model that stays compatible with the old one."""
+"""Distillation: what a student learns from one teacher, or token by token from one of two."""
 
 from typing import Literal
 
@@ -9,7 +9,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxkit import tree
 
-__all__ = ["compatibility_loss"]
+__all__ = ["compatibility_loss", "kd_loss"]
 
 Rule = Literal["old_right", "old_right_new_wrong", "student_wrong"]
 
@@ -103,3 +103,37 @@ def _learn_from_old(select: Rule | Array, student: Array, old: Array, new: Array
         f"select={select!r}; 'old_right', 'old_right_new_wrong', 'student_wrong' or a boolean "
         "array was due"
     )
+
+
+def kd_loss(
+    logits: Float[Array, "*n classes"],
+    teacher: Float[Array, "*n classes"],
+    labels: Int[Array, " *n"],
+    *,
+    temperature: float | Array = 1.0,
+) -> Float[Array, " *n"]:
+    r"""Learn from labels and from a teacher: :math:`T^2 H(p_t, p_s) + H(y, s)`.
+
+    p_t = softmax(teacher / T), without a gradient, and p_s = softmax(logits / T); H is the
+    cross-entropy, in nats, and s the softmax of the logits themselves.
+
+    Args:
+      logits: of the student, a sub-network say.
+      teacher: of the teacher, the full network.
+      labels: the classes.
+      temperature: T > 0.
+
+    Returns:
+      A loss per example.
+
+    Reference: G. Hinton, O. Vinyals, J. Dean, "Distilling the Knowledge in a Neural Network",
+    arXiv:1503.02531.
+
+    >>> logits = jnp.array([[0.0, 0.0]])
+    >>> kd_loss(logits, logits, jnp.array([0]))
+    Array([1.3862944], dtype=float32)
+    """
+    soft = jax.nn.softmax(jax.lax.stop_gradient(teacher) / temperature)
+    distilled = -(soft * jax.nn.log_softmax(logits / temperature)).sum(-1)
+    hard = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)[..., 0]
+    return temperature**2 * distilled - hard

@@ -25,7 +25,6 @@ __all__ = [
     "Found",
     "entries",
     "hypervolume",
-    "kd_loss",
     "large",
     "layerwise",
     "local_search",
@@ -298,40 +297,6 @@ def hypervolume(points: Float[Array, "n 2"], reference: Float[Array, "2"]) -> Fl
     inside = inside[jnp.argsort(inside[:, 0])]
     height = reference[1] - jax.lax.cummin(inside[:, 1])
     return (jnp.diff(inside[:, 0], append=reference[0]) * height).sum()
-
-
-def kd_loss(
-    logits: Float[Array, "*n classes"],
-    teacher: Float[Array, "*n classes"],
-    labels: Int[Array, " *n"],
-    *,
-    temperature: float | Array = 1.0,
-) -> Float[Array, " *n"]:
-    r"""Learn from labels and from the full network: :math:`T^2 H(p_t, p_s) + H(y, s)`.
-
-    p_t = softmax(teacher / T), without a gradient, and p_s = softmax(logits / T); H is the
-    cross-entropy, in nats, and s the softmax of the logits themselves.
-
-    Args:
-      logits: of the sub-network.
-      teacher: of the full network.
-      labels: the classes.
-      temperature: T > 0.
-
-    Returns:
-      A loss per example.
-
-    >>> logits = jnp.array([[0.0, 0.0]])
-    >>> kd_loss(logits, logits, jnp.array([0]))
-    Array([1.3862944], dtype=float32)
-
-    Reference: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network",
-    arXiv:1503.02531.
-    """
-    soft = jax.nn.softmax(jax.lax.stop_gradient(teacher) / temperature)
-    distilled = -(soft * jax.nn.log_softmax(logits / temperature)).sum(-1)
-    hard = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], -1)[..., 0]
-    return temperature**2 * distilled - hard
 
 
 # ------------------------------------------------------------------------------------ search

@@ -189,3 +189,20 @@ def test_an_update_of_a_digits_model_flips_less():
     assert flips[1] <= 0.8 * flips[0], (flips, accuracy)
     assert accuracy[1] >= accuracy[0] - 0.01
     assert flips[1] < flips[2] < flips[0]
+
+
+def test_kd_loss():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 7, 5))
+    labels, t = rng.integers(0, 5, 7), 2.5
+    softmax = lambda z: np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+    soft = -(softmax(teacher / t) * np.log(softmax(student / t))).sum(-1)
+    due = t**2 * soft - np.log(softmax(student))[np.arange(7), labels]
+    got = losses.kd_loss(*map(jnp.asarray, (student, teacher, labels)), temperature=t)
+    np.testing.assert_allclose(got, due, rtol=1e-5)
+    loss = lambda a, b: losses.kd_loss(a, b, jnp.asarray(labels), temperature=t).sum()
+    to_student, to_teacher = jax.grad(loss, (0, 1))(jnp.asarray(student), jnp.asarray(teacher))
+    assert (to_teacher == 0).all()
+    hard = softmax(student) - np.eye(5)[labels]
+    due = t * (softmax(student / t) - softmax(teacher / t)) + hard
+    np.testing.assert_allclose(to_student, due, rtol=1e-4, atol=1e-5)

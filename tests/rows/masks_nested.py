@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkit import masks, trace
+from jaxkit import losses, masks, trace
 from tests.rows.base import Row, axes_of, every_axis, loss_fn
 
 MLP = {"up": jnp.arange(8.0).reshape(2, 4) - 3, "down": jnp.ones((4, 3))}
@@ -130,8 +130,8 @@ ROWS = [
         shards=False,
     ),
     Row(
-        "masks.subnets.kd_loss",
-        lambda key, params, batch, n: masks.subnets.kd_loss(
+        "losses.kd_loss",
+        lambda key, params, batch, n: losses.kd_loss(
             flat(batch).reshape(-1, 2),
             -flat(batch).reshape(-1, 2),
             jnp.zeros(8, int),
