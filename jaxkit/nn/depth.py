@@ -54,7 +54,7 @@ def stochastic_depth(
 
     Args:
       key: a typed key, the same on all devices in mode "batch"; None: predict.
-      branch: ``F(x)``, of the output's shape. (A BatchNorm in it keeps its statistics where b = 0.)
+      branch: ``F(x)``, of the output's shape.
       x: examples along the first axis.
       survival: p, in [0, 1] (above 0 for scale "train"); it may be traced.
       mode: one draw for the "batch", or for each "row" (example); then F is computed for all.

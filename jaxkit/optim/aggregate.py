@@ -192,6 +192,9 @@ def epo_weights(
     mu = jnp.sum(share * jnp.log(m * share))
     a = preference * (jnp.log(m * share) - mu)
     ca = c @ a
+    # on the ray C a is nothing but rounding, which is to bind nothing
+    rounding = 1e-5 * jnp.max(jnp.abs(c)) * jnp.max(preference)
+    ca = jnp.where(jnp.abs(ca) > rounding, ca, 0.0)
     up = ca > 0
     largest = weighted == jnp.max(weighted)
     free = jnp.where(up, -jnp.inf, ca)

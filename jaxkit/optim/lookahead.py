@@ -115,6 +115,7 @@ def adamax(
     """AdaMax as in its paper: u <- max(b2 u, |g|), w <- w - lr / (1 - b1^t) m / u; 0 / 0 is 0.
 
     (``optax.adamax`` takes max(b2 u, |g| + eps), another rule. ``optax.adam`` is the paper's Adam.)
+    The state is in float32 or wider: in bfloat16 0.999 is 1, and u would never fall.
 
     Args:
       learning_rate: a number or a schedule.
@@ -136,12 +137,12 @@ def adamax(
             raise ValueError(f"{name}={b}, and a number in [0, 1) was due")
 
     def init(params):
-        zeros = lambda: jax.tree.map(lambda w: jnp.zeros_like(w), params)
+        zeros = lambda: jax.tree.map(lambda w: jnp.zeros_like(tree.float32(w)), params)
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 
     def update(updates, state, params=None):
         count = jnp.asarray(optax.safe_increment(state.count))
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, updates)
+        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * tree.float32(g), state.mu, updates)
         nu = jax.tree.map(lambda u, g: jnp.maximum(b2 * u, jnp.abs(g)), state.nu, updates)
         ratio = lambda m, u: jnp.where(u > 0, m / jnp.where(u > 0, u, 1) / (1 - b1**count), 0)
         same = lambda x, g: x.astype(g.dtype)

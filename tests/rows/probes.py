@@ -14,6 +14,10 @@ def along(key, params, batch, n):
     return probes.along(params, *tuned(jax.tree.map(jnp.zeros_like, params)))
 
 
+def bump(key, params, batch, n):
+    return probes.barrier(batch.reshape(-1))
+
+
 def line(key, params, batch, n):
     at = lambda t: probes.line(lambda p: loss_fn(p, batch), params, tuned(params)[0], t)
     return at(n * PLACES)
@@ -26,7 +30,7 @@ def push(key, params, batch, n):
 
 ROWS = [
     Row("probes.along", along, smooth=True, keeps=False),
-    Row("probes.barrier", lambda key, params, batch, n: probes.barrier(batch.reshape(-1)), shards=False),
+    Row("probes.barrier", bump, shards=False),
     Row("probes.line", line, number=0.5, shards=False, local=False, tol=1e-4),
     Row("probes.perturb", push, number=0.3, random=True, like_params=True, local=False),
 ]
