@@ -9,7 +9,6 @@ Reference: as for `jaxkit.data.weight_mixup`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import reduce
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import trace, tree
-from jaxkit.trace.names import Concat, Entry, Prod, members, nearest, pairs, size_of
+from jaxkit.trace.names import Entry, lay_out, members, nearest, pairs
 
 Number = float | Float[Array, ""]
 
@@ -218,16 +217,8 @@ def _along(
     entry: Entry, factors: Mapping[str, Array], join: Any, neutral: float, leaf: Any, d: int
 ) -> Array:
     """Lay factors of units along dimension d of a leaf."""
-
-    def lay(entry: Entry) -> Array:
-        if isinstance(entry, Prod):
-            outer = lambda x, y: join(x[:, None], y[None]).ravel()
-            return reduce(outer, [lay(part) for part in entry.parts])
-        if isinstance(entry, Concat):
-            return jnp.concatenate([lay(part) for part in entry.parts])
-        return factors.get(getattr(entry, "name", ""), jnp.full(size_of(entry), neutral))
-
-    return lay(entry).reshape([-1 if i == d else 1 for i in range(np.ndim(leaf))])
+    laid = jnp.asarray(lay_out(entry, factors, join, np.float32(neutral)))
+    return laid.reshape([-1 if i == d else 1 for i in range(np.ndim(leaf))])
 
 
 def _multiply(

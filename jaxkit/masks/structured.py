@@ -1,7 +1,8 @@
 """Structured masks: whole units of axes, and the smaller model without them."""
 
+import operator
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,15 @@ from jaxtyping import Array, Bool, PyTree
 
 from jaxkit import tree
 from jaxkit.trace.apply import take
-from jaxkit.trace.names import Axis, Concat, Entry, Prod, members, named, nearest, pairs, resolve
+from jaxkit.trace.names import (
+    Axis,
+    lay_out,
+    members,
+    named,
+    nearest,
+    pairs,
+    resolve,
+)
 
 __all__ = ["Shrunk", "shrink", "units"]
 
@@ -90,26 +99,10 @@ def units(params: PyTree, unit_mask: UnitMask, axes: PyTree) -> PyTree[Bool[Arra
         for d, entry in enumerate(entries):
             if any(a.name in unit_mask for a in members(entry)):
                 shape = [-1 if i == d else 1 for i in range(mask.ndim)]
-                mask = mask & _spread(entry, unit_mask).reshape(shape)
+                kept = lay_out(entry, unit_mask, operator.and_, np.True_)
+                mask = mask & kept.reshape(shape)
         out.append(jnp.asarray(mask))
     return jax.tree.unflatten(jax.tree.structure(params), out)
-
-
-def _spread(entry: Entry, unit_mask: UnitMask) -> Any:
-    """Return which positions of a dimension are kept."""
-    if isinstance(entry, Axis):
-        return unit_mask.get(entry.name, np.ones(entry.size, bool))
-    if isinstance(entry, Prod):
-        out = np.ones(1, bool)
-        for part in entry.parts:
-            out = (out[:, None] & _spread(part, unit_mask)[None, :]).reshape(-1)
-        return out
-    if isinstance(entry, Concat):
-        blocks = [_spread(p, unit_mask) for p in entry.parts]
-        host = all(isinstance(b, np.ndarray) for b in blocks)
-        return (np if host else jnp).concatenate(blocks)
-    assert isinstance(entry, int)
-    return np.ones(entry, bool)
 
 
 def shrink(

@@ -4,6 +4,7 @@
 a unit mask and `masks.shrink` wait at the end), or the rows of a table (`optfs`).
 """
 
+import operator
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,7 +16,15 @@ from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 from jaxkit import tree
 from jaxkit.reparam.core import Reparam, install, leafwise, matched
 from jaxkit.reparam.supermask import straight_through
-from jaxkit.trace.names import Axis, Concat, Entry, Prod, members, named, nearest, pairs, resolve
+from jaxkit.trace.names import (
+    Entry,
+    lay_out,
+    members,
+    named,
+    nearest,
+    pairs,
+    resolve,
+)
 
 __all__ = [
     "budget_pressure",
@@ -134,17 +143,7 @@ def temperature(
 
 def _spread(entry: Entry, gates: Mapping[str, Array]) -> Array:
     """Return the gate of every position of a dimension."""
-    if isinstance(entry, Axis):
-        return gates.get(entry.name, jnp.ones(entry.size))
-    if isinstance(entry, Prod):
-        out = jnp.ones(1)
-        for part in entry.parts:
-            out = (out[:, None] * _spread(part, gates)).reshape(-1)
-        return out
-    if isinstance(entry, Concat):
-        return jnp.concatenate([_spread(part, gates) for part in entry.parts])
-    assert isinstance(entry, int)
-    return jnp.ones(entry)
+    return jnp.asarray(lay_out(entry, gates, operator.mul, np.float32(1)))
 
 
 def _check(gates: Mapping[str, Array], axes: PyTree) -> None:

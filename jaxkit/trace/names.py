@@ -8,9 +8,11 @@ well be written by hand, with plain strings for axes, whose sizes then follow fr
 import difflib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -78,6 +80,23 @@ def size_of(entry: Entry) -> int:
         return sum(size_of(p) for p in entry.parts)
     assert isinstance(entry, int)
     return entry
+
+
+def lay_out(entry: Entry, values: Mapping[str, Any], join: Callable[..., Any], neutral: Any) -> Any:
+    """Lay values of units along a dimension: what each of its positions gets.
+
+    A position in a product belongs to a unit of each factor, and gets their values joined; axes
+    without values, and what is fixed, give `neutral` (of the dtype due). On the host if all are.
+    """
+    if isinstance(entry, Axis):
+        return values.get(entry.name, np.full(entry.size, neutral))
+    if isinstance(entry, Prod | Concat):
+        parts = [lay_out(part, values, join, neutral) for part in entry.parts]
+        if isinstance(entry, Prod):
+            return reduce(lambda x, y: join(x[:, None], y[None, :]).reshape(-1), parts)
+        host = all(isinstance(part, np.ndarray) for part in parts)
+        return (np if host else jnp).concatenate(parts)
+    return np.full(size_of(entry), neutral)
 
 
 def pairs(params: PyTree, axes: PyTree) -> list[tuple[str, Any, tuple[Entry, ...]]]:
