@@ -196,9 +196,10 @@ def find(settings: Settings, rows: list[Row], width: int, data: int, seeds=slice
     target = np.exp(min(reached))
     fewest = [min(crossing(steps, one, target) for one in every_one(loss)) for steps, loss in every]
     sizes, fewest = np.array(settings.batches, float), np.array(fewest)
+    there = np.isfinite(fewest)
     try:
         law = optim.critical_batch(
-            sizes, fewest, optimal=settings.batches[0], overhead=settings.overhead
+            sizes[there], fewest[there], optimal=settings.batches[0], overhead=settings.overhead
         )
     except ValueError:  # no floor in the steps, or too few of them
         law = None

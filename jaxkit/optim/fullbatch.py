@@ -1,5 +1,6 @@
 """Full-batch gradients with the regularization that small batches bring by themselves."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -46,16 +47,24 @@ def regularized_gradient(
         eps / |strength g| apart, as the authors do.
       eps: for "finite".
 
+    Warns:
+      UserWarning: a single chunk.
+
     Reference: J. Geiping, M. Goldblum, P. E. Pope, M. Moeller, T. Goldstein, "Stochastic Training
     is Not Necessary for Generalization", arXiv:2109.14119.
 
     >>> loss = lambda w, a: 0.5 * a * w**2  # gradient a w, Hessian a
-    >>> g = regularized_gradient(loss, jnp.array(1.0), jnp.array([2.0]), learning_rate=0.4)
+    >>> chunks = jnp.array([2.0, 2.0])
+    >>> g = regularized_gradient(loss, jnp.array(1.0), chunks, learning_rate=0.4)
     >>> round(float(g), 4)
     2.2
     """
     grad = jax.grad(loss_fn)
     number = jax.tree.leaves(chunks)[0].shape[0]
+    if number == 1:
+        warnings.warn(
+            "one chunk: the penalty is that of the whole gradient, not of batches", stacklevel=2
+        )
     share = jnp.full(number, 1 / number) if weights is None else weights / jnp.sum(weights)
 
     def penalized(chunk: Any) -> PyTree:

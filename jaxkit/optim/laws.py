@@ -1,5 +1,6 @@
 """Laws of batch size, horizon and hyperparameters: formulas, and fits on the host in float64."""
 
+import warnings
 from typing import Any, NamedTuple
 
 import jax
@@ -246,13 +247,16 @@ def critical_batch(
     a constant rate and averaged weights (a schedule would build a horizon in).
 
     Args:
-      batch_sizes, steps: where the target was reached; points with infinite steps are left out.
+      batch_sizes, steps: where the target was reached.
       optimal: B_opt, a batch size still in the linear range.
       overhead: the share of more data.
 
     Raises:
       ValueError: fewer than three points, or a fit without a floor (a <= 0: all in the linear
         range, larger batches are due).
+
+    Warns:
+      UserWarning: points whose steps are not finite are left out.
 
     Reference: H. Zhang et al., "How Does Critical Batch Size Scale in Pre-training?",
     arXiv:2410.21676.
@@ -265,6 +269,9 @@ def critical_batch(
 
     b, y = np.asarray(batch_sizes, np.float64), np.asarray(steps, np.float64)
     there = np.isfinite(y)
+    if not there.all():
+        left = ", ".join(f"{size:g}" for size in b[~there])
+        warnings.warn(f"the target was not reached at batch size {left}: left out", stacklevel=2)
     b, y = b[there], y[there]
     if len(b) < 3:
         raise ValueError(f"at least 3 batch sizes that reach the target are due; {len(b)} came")
@@ -288,6 +295,9 @@ def step_law(parameters: float, tokens: float) -> tuple[float, float]:
       parameters: N, without embeddings.
       tokens: D, tokens in all (not billions).
 
+    Warns:
+      UserWarning: outside the range that it was fitted in.
+
     Reference: H. Li et al., "Predictable Scale: Part I -- Optimal Hyperparameter Scaling Law in
     Large Language Model Pretraining", arXiv:2503.04715.
 
@@ -295,6 +305,13 @@ def step_law(parameters: float, tokens: float) -> tuple[float, float]:
     >>> round(rate, 6), round(batch)
     (0.001632, 1107715)
     """
+    fits = lambda x, low, high: bool(np.all((np.asarray(x) >= low) & (np.asarray(x) <= high)))
+    if not (fits(parameters, 6e7, 1e9) and fits(tokens, 2e9, 1e11)):
+        warnings.warn(
+            "the law was fitted for 6e7 to 1e9 parameters and 2e9 to 1e11 tokens, and this is "
+            "beyond: are these numbers, not millions or billions?",
+            stacklevel=2,
+        )
     return 1.79 * parameters**-0.713 * tokens**0.307, 0.58 * tokens**0.571
 
 

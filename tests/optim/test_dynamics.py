@@ -91,7 +91,7 @@ def test_the_penalty_on_a_parabola_and_by_autodiff():
         options = {"learning_rate": 0.3, "strength": 0.5}
         want = a @ w + 0.3 * 0.5 / 4 * a @ (a @ w)
         for method in ("exact", "finite"):
-            got = optim.regularized_gradient(loss, w, jnp.zeros(1), method=method, **options)
+            got = optim.regularized_gradient(loss, w, jnp.zeros(2), method=method, **options)
             np.testing.assert_allclose(got, want, rtol=1e-9)
         data = jnp.asarray(RNG.normal(size=(5, 6, 4)))
         loss = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2) + 0.1 * jnp.sum(w**4)
@@ -126,6 +126,8 @@ def test_without_a_penalty_it_is_the_full_gradient_and_chunks_matter_with_one():
     np.testing.assert_allclose(both["k"], jax.grad(loss)(w, x[:9])["k"], rtol=1e-5)
     norms = jax.vmap(lambda c: jnp.sum(jax.grad(loss)(w, c)["k"] ** 2))(split)
     assert norms.mean() > jnp.sum(whole**2)
+    with pytest.warns(UserWarning, match="one chunk"):
+        optim.regularized_gradient(loss, w, x[None], learning_rate=0.5)
 
 
 # ------------------------------------------------------------------------------------- bilevel
