@@ -157,7 +157,7 @@ def ours(what: str, settings: Settings) -> Callable[[], Any]:
         return at[0]
 
     for _ in range(1 + CYCLE):  # SOAP looks at one gradient first
-        call()
+        jax.block_until_ready(call())
     return call
 
 
