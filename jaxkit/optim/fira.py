@@ -131,11 +131,11 @@ def _low_rank(rank: int, scale: Any, where: tree.Where, residual: str | None, li
         def rest(s: Directions, g: Array, x: Array, n: Array) -> tuple[Array, Directions]:
             norm = lambda x: jnp.linalg.norm(x, axis=1 if tall else 0, keepdims=True)
             left = g - (lift if residual == "official" else back)(s, x)
-            more = left * (norm(n) / (norm(x) + 1e-8))
-            size = jnp.linalg.norm(more)
+            phi = norm(n) / (norm(x) + 1e-8)
+            size = jnp.linalg.norm(phi * norm(left))
             over = jnp.maximum(size / (s.residual + 1e-8), limit) / limit
             over = jnp.where((s.residual > 1e-8) & jnp.isfinite(size), over, 1.0)
-            more = jnp.where(jnp.isfinite(size), more / over, 0.0)
+            more = jnp.where(jnp.isfinite(size), left * (phi / over), 0.0)
             # the first norm that is more than rounding starts the limit
             now = jnp.where(jnp.isfinite(size), size / over, s.residual)
             return more, s._replace(residual=now)
