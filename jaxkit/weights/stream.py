@@ -10,7 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from operator import add
 from typing import Any, NamedTuple
 
@@ -151,7 +151,8 @@ def merge_files(
     specs = {task.path: (task.leaf.shape, task.leaf.dtype) for task in tasks}
     with ThreadPoolExecutor(_processors()) as pool:
         deltas = Deltas(opened, based, pool)
-        merging = {id(rule): _merger(rule, deltas, tasks) for rule in rules if rule.method}
+        program = cache(partial(_program, deltas.models))  # rules may share a method
+        merging = {id(r): _merger(r, deltas, tasks, program) for r in rules if r.method}
         with writing(
             out, specs, metadata=metadata, overwrite=overwrite, shard_bytes=shard_bytes
         ) as put:
@@ -303,25 +304,35 @@ def _streams(method: Method) -> bool:
     return method.blend is not None or method.prepare is None
 
 
-def _merger(rule: Rule, deltas: Deltas, tasks: list[Task]) -> Callable[[Task], np.ndarray]:
+def _program(models: int, blend: Callable[..., Any], wide: np.dtype) -> Callable[..., Any]:
+    """Return the compiled program that combines a piece: (models, piece), the base, the scale."""
+    combine = _additions(blend, models)
+    program = jax.jit(lambda stack, origin, scale: origin + scale * combine("", stack, None))
+    # at once, lest two threads should compile it
+    program(np.zeros((models, _PIECE), wide), np.zeros(_PIECE, wide), wide.type(0))
+    return program
+
+
+def _merger(
+    rule: Rule, deltas: Deltas, tasks: list[Task], program: Callable[..., Any]
+) -> Callable[[Task], np.ndarray]:
     """Return the function that merges a leaf by a rule."""
     method, own = rule.method, [task for task in tasks if task.rule is rule]
     assert method is not None
     ranks: list[Any] = [None] * deltas.models
     if method.steps and isinstance(method.steps[0], Window) and method.steps[0].scope == "tree":
         ranks = _tree_ranks(method.steps[0], deltas, own)
-    blend = method.blend
-    combine = method.combine if blend is None else _additions(blend, deltas.models)
-    program = jax.jit(lambda stack, origin, scale: origin + scale * combine("", stack, None))
+    whole = jax.jit(lambda stack, origin, scale: origin + scale * method.combine("", stack, None))
 
     def merged(task: Task) -> np.ndarray:
         shape, dtype, n = task.leaf.shape, task.leaf.dtype, math.prod(task.leaf.shape)
         arrays, wide = deltas.arrays(task.path), _wide(dtype)
         vectors, scale = deltas.vectors(arrays), wide.type(rule.scale)
-        if blend is None:
+        if method.blend is None:
             stack = np.stack([x(slice(0, n)).reshape(shape) for x in vectors])
             origin = arrays[0].reshape(shape).astype(wide) if deltas.based else wide.type(0)
-            return np.asarray(program(stack, origin, scale)).astype(dtype)
+            return np.asarray(whole(stack, origin, scale)).astype(dtype)
+        blend = program(method.blend, wide)
         for step in method.steps:
             vectors = [_step(step, task, i, x, deltas, ranks[i]) for i, x in enumerate(vectors)]
         out = np.empty(n, dtype)
@@ -334,7 +345,7 @@ def _merger(rule: Rule, deltas: Deltas, tasks: list[Task]) -> Callable[[Task], n
                 row[:size] = x(at)
             if deltas.based:
                 origin[:size] = arrays[0][at]
-            out[at] = np.asarray(program(stack, origin, scale))[:size].astype(dtype)
+            out[at] = np.asarray(blend(stack, origin, scale))[:size].astype(dtype)
 
         for _ in deltas.each(blended, n):
             pass
