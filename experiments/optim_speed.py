@@ -5,9 +5,10 @@ update that renews the bases is timed apart, and spread over the updates between
 clipped sum of DP-SGD is that of a multilayer perceptron, in jaxkit and by
 ``optax.contrib.differentially_private_aggregate`` of gradients example by example.
 
-All are measured in turn, in rounds, so that the ratios hold on a machine that does other things
-too; the time of the processors is measured as well. Each library has a process of its own, with
-equally many processors, so that the threads of one do not wait for those of the other.
+All are measured in turn, in rounds; the time of the processors is measured as well. Each library
+has a process of its own, with equally many processors, so that the threads of one do not wait for
+those of the other. On a machine that does other things too, torch's threads wait for each other
+for long, and the median round flatters jaxkit: each library's fastest round decides.
 pytorch_optimizer (and torch) are not part of jaxkit: where they are missing, jaxkit is measured
 alone.
 
@@ -66,7 +67,7 @@ class Settings:
     lapack_threads: int = 1
     """Those of JAX's decompositions."""
     rounds: int = 12
-    """How often each is measured; the median counts."""
+    """How often each is measured."""
     seed: int = 0
     """The seed."""
 
@@ -270,13 +271,15 @@ def claims(settings: Settings, rows: list[Row]) -> list[Claim]:
         if not there:
             measured = "not measured: there was no pytorch_optimizer"
             return Claim(statement, "at most its time", measured, False)
-        ratio, cpu = (cost(OURS, value) / cost(THEIRS, value) for value in ("seconds", "cpu"))
-        middle = float(np.median(ratio))
+        ratio = cost(OURS, "seconds") / cost(THEIRS, "seconds")
+        best = float(cost(OURS, "seconds").min() / cost(THEIRS, "seconds").min())
+        cpu = cost(OURS, "cpu").min() / cost(THEIRS, "cpu").min()
         measured = (
-            f"{middle:.2f} times (rounds from {ratio.min():.2f} to {ratio.max():.2f}); "
-            f"{np.median(cpu):.2f} times by the processors' time"
+            f"{best:.2f} times in the fastest rounds ({cpu:.2f} times by the processors' time); "
+            f"{np.median(ratio):.2f} times in the median round, from {ratio.min():.2f} to "
+            f"{ratio.max():.2f}"
         )
-        return Claim(statement, "at most its time", measured, middle <= 1)
+        return Claim(statement, "at most its time", measured, best <= 1)
 
     out = []
     for what, every in (("SOAP", settings.soap_every), ("Fira", settings.fira_every)):
