@@ -83,7 +83,11 @@ def align(
     b = trace.permute(b, axes, start or {})
     perms |= {name: np.asarray(p) for name, p in (start or {}).items()}
     own, other = _floats(a, axes, where, "first"), _floats(b, axes, where, "second")
-    shared = {name: [k for k, block in own.items() if name in block.axes] for name in perms}
+    shared = {
+        name: [(k, d) for k, block in own.items() for d, n in enumerate(block.axes) if n == name]
+        for name in perms
+    }
+    similar: dict[tuple[str, int], np.ndarray] = {}  # those that are still true
     names, open_axes = list(perms), set(perms)
     for i in range(rounds):
         order = range(len(names))
@@ -93,17 +97,24 @@ def align(
             if name not in open_axes:
                 continue
             open_axes.remove(name)
-            better = _assign(_similarities(own, other, shared[name], name))
+            for k, d in shared[name]:
+                if (k, d) not in similar:
+                    similar[k, d] = np.asarray(_similarity(own[k].array, other[k].array, d))
+            better = _assign([similar[at] for at in shared[name]])
             if better is None:
                 continue
             perms[name] = perms[name][better]
-            for k in shared[name]:
-                dims = [d for d, n in enumerate(own[k].axes) if n == name]
+            for k in dict(shared[name]):
+                own_axes = own[k].axes
+                dims = [d for d, n in enumerate(own_axes) if n == name]
+                moved = {(k, d): similar[k, d][:, better] for d in dims if len(dims) == 1}
+                for d in range(len(own_axes)):
+                    similar.pop((k, d), None)
+                similar |= moved
                 for d in dims:
-                    moved = jnp.take(other[k].array, better, d)
-                    other[k] = other[k]._replace(array=moved)
-                twice = {name} if len(dims) > 1 else set()
-                open_axes |= {n for n in own[k].axes if n not in (None, name)} | twice
+                    other[k] = other[k]._replace(array=jnp.take(other[k].array, better, d))
+                open_axes |= {n for n in own_axes if n not in (None, name)}
+                open_axes |= {name} if len(dims) > 1 else set()
         if not open_axes:
             break
     return perms
@@ -252,17 +263,6 @@ def _floats(params: PyTree, axes: PyTree, where: tree.Where, which: str) -> dict
         for name, block in trace.blocks(params, axes).items()
         if block.path in leaves
     }
-
-
-def _similarities(
-    own: Mapping[str, trace.Block], other: Mapping[str, trace.Block], names: list[str], axis: str
-) -> list[Float[Array, "units units"]]:
-    return [
-        _similarity(own[k].array, other[k].array, d)
-        for k in names
-        for d, n in enumerate(own[k].axes)
-        if n == axis
-    ]
 
 
 @partial(jax.jit, static_argnums=2)
