@@ -164,6 +164,7 @@ def merge_files(
                 else:
                     array = merging[id(task.rule)](task)
                 put(task.path, array)
+                del array  # not to be there while the next one is computed
                 progress(math.prod(task.leaf.shape))
     return tasks
 
@@ -269,8 +270,10 @@ def _tree_ranks(
     samples: list[list[np.ndarray]] = [[] for _ in range(deltas.models)]
     for path, n in sizes.items():
         places = _windows.sampled(n, whole)
-        for own, x in zip(samples, deltas.vectors(deltas.arrays(path)), strict=True):
+        vectors = deltas.vectors(deltas.arrays(path))
+        for own, x in zip(samples, vectors, strict=True):
             own.append(_windows.image(x(places)))
+        del vectors, x  # or they would stay while the next leaf is read
 
     def count(brackets: list[list[_windows.Bracket]]) -> list[list[_windows.Counted]]:
         totals: list[list[Any]] = [[None] * len(own) for own in brackets]
@@ -279,6 +282,7 @@ def _tree_ranks(
             for i, x in enumerate(vectors):
                 here = _windows.count(x, n, brackets[i], deltas.each)
                 totals[i] = [*map(_windows.plus, totals[i], here)]
+            del vectors, x
         return totals
 
     ks = _windows.counts(window, whole)
