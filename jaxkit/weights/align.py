@@ -14,7 +14,7 @@ Reference: S. K. Ainsworth, J. Hayase, S. Srinivasa, "Git Re-Basin: Merging Mode
 Permutation Symmetries", arXiv:2209.04836.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -272,7 +272,7 @@ def _similarity(x: Array, y: Array, d: int) -> Float[Array, "units units"]:
     return jax.lax.dot_general(x, y, ((rest, rest), ((), ())), precision=jax.lax.Precision.HIGHEST)
 
 
-def _assign(similarities: list[Array]) -> Int[np.ndarray, " units"] | None:
+def _assign(similarities: Sequence[Array | np.ndarray]) -> Int[np.ndarray, " units"] | None:
     """Return the best assignment, None if it is no better than that of i to i."""
     if not similarities:
         return None

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
-from jaxkit.weights.merge import Deltas, Method, combine
+from jaxkit.weights.merge import Deltas, Method, combine, total
 from jaxkit.weights.sparsify import Scope, after, drop, scoped, window
 
 Weights = Float[Array, " models"] | list[float] | tuple[float, ...] | PyTree | None
@@ -166,7 +166,7 @@ def ties(
         c = coefficients(path, deltas)
         c = c.reshape(c.shape + (1,) * (deltas.ndim - c.ndim))
         weighted = c * deltas
-        agree = weighted * jnp.where(weighted.sum(0) >= 0, 1, -1) > 0
+        agree = weighted * jnp.where(total(weighted) >= 0, 1, -1) > 0
         return combine(deltas, jnp.where(agree, c, 0), normalize=reduce == "mean")
 
     trimmed = not (isinstance(sparsity, int | float) and sparsity == 0)

@@ -10,8 +10,7 @@ import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, partial, reduce
-from operator import add
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import jax
@@ -19,7 +18,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxkit import tree
-from jaxkit.trace import _jaxpr
 from jaxkit.weights import _windows, files
 from jaxkit.weights.files import Leaf
 from jaxkit.weights.merge import Method
@@ -310,8 +308,7 @@ def _streams(method: Method) -> bool:
 
 def _program(models: int, blend: Callable[..., Any], wide: np.dtype) -> Callable[..., Any]:
     """Return the compiled program that combines a piece: (models, piece), the base, the scale."""
-    combine = _additions(blend, models)
-    program = jax.jit(lambda stack, origin, scale: origin + scale * combine("", stack, None))
+    program = jax.jit(lambda stack, origin, scale: origin + scale * blend("", stack, None))
     # at once, lest two threads should compile it
     program(np.zeros((models, _PIECE), wide), np.zeros(_PIECE, wide), wide.type(0))
     return program
@@ -382,34 +379,3 @@ def _step(
         left[0] -= used
         edges.append(edge)
     return lambda at: _windows.apply(x(at), at, *edges)
-
-
-def _additions(blend: Callable[..., Any], models: int) -> Callable[..., Any]:
-    """Return the same function with its sums over the models written out as additions.
-
-    On a CPU, XLA compiles a reduction over the first axis to a loop that is some thirty times
-    slower.
-    """
-
-    def run(closed: Any, args: Sequence[Any]) -> list[Any]:
-        names = [*closed.jaxpr.constvars, *closed.jaxpr.invars]
-        env = dict(zip(names, [*closed.consts, *args], strict=True))
-        read = lambda atom: atom.val if _jaxpr.is_literal(atom) else env[atom]
-        for eqn in closed.jaxpr.eqns:
-            values = [*map(read, eqn.invars)]
-            if eqn.primitive.name in _jaxpr.JIT:
-                out = run(_jaxpr.called(eqn), values)
-            elif eqn.primitive.name == "reduce_sum" and _over_models(eqn, values[0]):
-                out = [reduce(add, [values[0][i] for i in range(models)])]
-            else:
-                out = _jaxpr.evaluate(eqn, values)
-            env.update(zip(eqn.outvars, out, strict=True))
-        return [*map(read, closed.jaxpr.outvars)]
-
-    def _over_models(eqn: Any, x: Any) -> bool:
-        return tuple(eqn.params["axes"]) == (0,) and x.shape[0] == models
-
-    def rewritten(path: str, stack: Any, aux: Any) -> Any:
-        return run(jax.make_jaxpr(lambda stack: blend(path, stack, aux))(stack), [stack])[0]
-
-    return rewritten

@@ -268,3 +268,14 @@ def test_diverse_spurious_features_cancel():
     winners = count == count.max(1, keepdims=True)
     error = (1 - winners[:, 0] / winners.sum(1)).mean()
     assert error == pytest.approx(0.02697, abs=1e-3)
+
+
+def test_sums_over_models_are_written_out():
+    """Of few models; of many they are one reduction, and equal."""
+    stack = draw(80, 50)
+    c = jnp.asarray(RNG.random(80), jnp.float32)
+    text = lambda n: str(jax.make_jaxpr(weights.combine)(stack[:n], c[:n]))
+    assert "reduce_sum" not in text(3) and "reduce_sum" in text(80)
+    for n in (1, 3, 64, 65, 80):
+        want = (np.asarray(c[:n], float) @ np.asarray(stack[:n], float)) / float(c[:n].sum())
+        np.testing.assert_allclose(weights.combine(stack[:n], c[:n]), want, atol=1e-6)

@@ -141,18 +141,6 @@ def test_infinite_deltas_are_the_largest():
     np.testing.assert_array_equal(got, [0, 0, 2, 0, 3])
 
 
-def test_sums_over_models_are_written_out():
-    """Any blend computes the same, and no reduction over the models is left."""
-    stack = jnp.asarray(np.random.default_rng(0).normal(size=(3, 50)), jnp.float32)
-    for name in ("weighted", "ties, untrimmed"):
-        blend = METHODS[name].blend
-        run = stream._additions(blend, 3)
-        got, want = jax.jit(run, static_argnums=(0, 2))("", stack, None), blend("", stack, None)
-        np.testing.assert_allclose(got, want, rtol=1e-6, atol=1e-7)
-        text = lambda fn: str(jax.make_jaxpr(lambda x: fn("", x, None))(stack))
-        assert "reduce_sum" in text(blend) and "reduce_sum" not in text(run)
-
-
 def test_rules_by_leaf_and_other_kinds_of_checkpoints(saved, tmp_path):
     base, models = trees(2)
     for leaves in (base, *models):
