@@ -95,6 +95,8 @@ def in_basis(
         found = bases(params) if paths else {}
         return [found[path] for path in paths]
 
+    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0  # do not read params
+
     def init(params: PyTree) -> BasisState:
         leaves, structure = jax.tree.flatten(params)
         own = of_leaves(params)
@@ -129,7 +131,7 @@ def in_basis(
             n = mu / (jnp.sqrt(nu) + eps)
             more, s = b.residual(s, g, x, n)
             u = correction * (b.lift(s, n) + more)
-            if params is not None:
+            if params is not None and not no_decay:
                 u = u + weight_decay * tree.float32(w)
             s = b.learn(s, g)
             if b.after is not None:
