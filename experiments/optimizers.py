@@ -459,7 +459,7 @@ def plot(settings: Settings, rows: list[Row]) -> Figure:
         a.plot(tau, share, color=colors[name], ls=lines[name], label=name)
     a.set(title="a  Performance profile, rates tuned by workload", ylim=(-0.06, 1.08))
     a.set(
-        xlabel="steps, as a multiple of the fewest (colours as in d)",
+        xlabel="steps, as a multiple of the fewest (colours as in d; lines set a little apart)",
         ylabel="share of workloads at the target",
     )
 
