@@ -142,7 +142,9 @@ def soap(
     State: for a leaf of shape (m, n) the moments 2 m n, and 2 (m^2 + n^2) for factors and vectors,
     in float32. `eigh` and `qr` need a whole factor: shard the factors' state by leaf, not within.
     On a CPU they are OpenBLAS's, whose threads wait for each other actively: on a busy machine one
-    (``OPENBLAS_NUM_THREADS=1``) is faster than several.
+    (``OPENBLAS_NUM_THREADS=1``) is faster than several. To train many networks at once on a CPU,
+    `jax.lax.map` is safer than `jax.vmap`: on two cores, the batched decompositions of several
+    leaves have been seen to wait for each other without end.
 
     Args:
       learning_rate: a number or a schedule.
