@@ -1,4 +1,4 @@
-"""What lies on the straight line between networks: no obstacle, a barrier, or a permuted basin.
+"""The straight line between networks: no obstacle, a barrier, or a permuted basin.
 
 "Qualitatively characterizing neural network optimization problems" finds that the loss falls all
 the way along the straight line from the start of a training to its end. Between two trained
