@@ -17,7 +17,7 @@ import difflib
 import hashlib
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -37,6 +37,7 @@ __all__ = [
     "check_like",
     "chosen",
     "concrete",
+    "every",
     "flatten",
     "float32",
     "is_array",
@@ -48,6 +49,7 @@ __all__ = [
     "paths",
     "quantile",
     "ravel",
+    "replace",
     "select",
     "topk",
 ]
@@ -247,6 +249,15 @@ def select(tree: PyTree, where: Where = None) -> PyTree[bool]:
     return jax.tree.unflatten(structure, chosen)
 
 
+def every(tree: PyTree) -> PyTree[bool]:
+    """Return the `where` that chooses all inexact leaves, be there any or none.
+
+    >>> every({"w": 1.0, "b": [2.0]})
+    {'b': [True], 'w': True}
+    """
+    return jax.tree.map(lambda _: True, tree)
+
+
 def map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree, where: Where = None) -> PyTree:
     """Return the tree with ``fn(path, leaf, *rest_leaves)`` at the leaves that `where` chooses.
 
@@ -275,6 +286,26 @@ def chosen(tree: PyTree, where: Where = None) -> dict[str, Inexact[Array, "..."]
     """
     bits = jax.tree.leaves(select(tree, where))
     return {p: leaf for (p, leaf), bit in zip(flatten(tree).items(), bits, strict=True) if bit}
+
+
+def replace(tree: PyTree, leaves: Mapping[str, Any]) -> PyTree:
+    """Return the tree with other leaves at some paths: what `chosen` took out, put back.
+
+    So a function of the whole tree becomes one of the chosen leaves, to differentiate::
+
+        grads = jax.grad(lambda w: loss_fn(tree.replace(params, w)))(tree.chosen(params, where))
+
+    Raises:
+      ValueError: a path that the tree does not have.
+
+    >>> replace({"w": 1.0, "b": [2.0]}, {"b/0": 3.0})
+    {'b': [3.0], 'w': 1.0}
+    """
+    own = flatten(tree)
+    if unknown := [path for path in leaves if path not in own]:
+        near = ", ".join(repr(p) for p in difflib.get_close_matches(unknown[0], own, 3, 0.0))
+        raise ValueError(f"the tree has no leaf {unknown[0]!r}; the nearest: {near}")
+    return jax.tree.unflatten(jax.tree.structure(tree), [leaves.get(p, x) for p, x in own.items()])
 
 
 # ------------------------------------------------------------------------------------- values

@@ -299,6 +299,23 @@ def test_two_word_arithmetic():
     assert value(rank.as_pair(jnp.int32(-3))) == 0
 
 
+def test_replace_puts_back_what_chosen_took_out():
+    params = {"a": {"w": jnp.ones((2, 2)), "n": 3}, "b": [jnp.zeros(2), jnp.arange(2)]}
+    for where in (None, "**/w", tree.every(params)):
+        taken = tree.chosen(params, where)
+        assert jax.tree.all(jax.tree.map(lambda x, y: x is y, tree.replace(params, taken), params))
+    new = tree.replace(params, {"b/0": "other"})
+    assert new["b"][0] == "other" and new["a"]["w"] is params["a"]["w"]
+    floats = tree.chosen(params, tree.every(params))
+    assert list(floats) == ["a/w", "b/0"] and tree.chosen({"n": 3}, tree.every({"n": 3})) == {}
+    loss = lambda p: (p["a"]["w"] ** 2).sum() * p["a"]["n"] + (p["b"][0] * p["b"][1]).sum()
+    grads = jax.grad(lambda w: loss(tree.replace(params, w)))(floats)
+    np.testing.assert_array_equal(grads["a/w"], np.full((2, 2), 6.0))
+    np.testing.assert_array_equal(grads["b/0"], [0, 1])
+    with pytest.raises(ValueError, match=r"no leaf 'a/v'; the nearest: 'a/w'"):
+        tree.replace(params, {"a/v": 0})
+
+
 def test_vmap_over_k_equals_a_loop():
     leaves = draws(jnp.float32, 5)
     ks = jnp.array([1, 9, 50])

@@ -375,7 +375,7 @@ def lsuv(
     new = {path: _orthonormal(keys[path], leaves[path], op) for path, op in found.items()}
     biases = {name for path in found if (name := _bias(path, leaves)) and name not in found}
     new |= {path: jnp.zeros_like(leaves[path]) for path in biases}
-    start = jax.tree.unflatten(jax.tree.structure(params), list((leaves | new).values()))
+    start = tree.replace(params, new)
     return calibrate(apply_fn, start, *args, where=lambda path, _: path in found, **options)
 
 

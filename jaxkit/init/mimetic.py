@@ -221,7 +221,7 @@ def mimetic_attention(
                 kernel = kernels[role].transpose([have.index(letter) for letter in order])
                 leaf = leaves[where]
                 new[where] = kernel.reshape(leaf.shape).astype(leaf.dtype)
-        return jax.tree.unflatten(jax.tree.structure(params), [new[path] for path in leaves])
+        return tree.replace(params, new)
 
     return init
 
@@ -384,6 +384,6 @@ def mimetic_ssm(
                 kernels = tied(keys[path], shapes[0])
                 for where, kernel in zip((path, partner), kernels, strict=True):
                     new[where] = kernel.astype(new[where].dtype)
-        return jax.tree.unflatten(jax.tree.structure(params), list(new.values()))
+        return tree.replace(params, new)
 
     return init

@@ -21,10 +21,6 @@ from jaxkit.masks.train import constrain
 __all__ = ["hft", "lt_sft", "sara", "sara_penalty", "small"]
 
 
-def _every(params: PyTree) -> PyTree[bool]:
-    return jax.tree.map(lambda _: True, params)
-
-
 # --------------------------------------------------------------------------- what moved the most
 
 
@@ -95,7 +91,7 @@ def _where_or_none(params: PyTree, where: tree.Where) -> PyTree[bool]:
 # ---------------------------------------------------------------------------- what is nearly zero
 
 
-def small(params: PyTree, threshold: float | Array, *, where: tree.Where = _every) -> Mask:
+def small(params: PyTree, threshold: float | Array, *, where: tree.Where = tree.every) -> Mask:
     """Mark the entries with |w| < threshold, compared in float32, and no entry of other leaves.
 
     Args:
@@ -109,7 +105,7 @@ def small(params: PyTree, threshold: float | Array, *, where: tree.Where = _ever
     >>> small({"w": jnp.array([[0.001, -0.5]])}, 0.01)["w"].tolist()
     [[True, False]]
     """
-    chosen = tree.select(params, _every(params) if where is _every else where)
+    chosen = tree.select(params, tree.every(params) if where is tree.every else where)
     marked = lambda w: jnp.abs(tree.float32(w)) < threshold
     none = lambda w: jnp.zeros_like(w, bool) if tree.is_array(w) else w
     mask = jax.tree.map(lambda bit, w: marked(w) if bit else none(w), chosen, params)
@@ -130,7 +126,7 @@ def sara(
     threshold: float | Array,
     *,
     reselect: int | Array | None = None,
-    where: tree.Where = _every,
+    where: tree.Where = tree.every,
 ) -> optax.GradientTransformationExtraArgs:
     """SaRA: train the weights that are nearly zero, |w_0| < threshold, and freeze all others.
 

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from jaxkit import _rank as rank
 from jaxkit import tree
 from jaxkit.masks.select import Mask, check_sparsity, kept_count
-from jaxkit.masks.sensitivity import every, snip
+from jaxkit.masks.sensitivity import snip
 
 __all__ = ["prune_in_rounds", "synflow", "synflow_mask"]
 
@@ -59,14 +59,14 @@ def synflow(apply_fn: Callable[..., Any], params: PyTree, inputs: Any, *args: An
         outputs = jax.tree.leaves(apply_fn(params, ones, *args))
         return sum((tree.float32(y).sum() for y in outputs), jnp.float32(0))
 
-    size = tree.map(lambda path, w: jnp.abs(w), params, where=every(params))
+    size = tree.map(lambda path, w: jnp.abs(w), params, where=tree.every(params))
     scores = snip(flow, size, None)
     _check_finite(scores)
     return scores
 
 
 def _check_finite(scores: PyTree) -> None:
-    for path, s in tree.chosen(scores, every(scores)).items():
+    for path, s in tree.chosen(scores, tree.every(scores)).items():
         finite = jnp.isfinite(s).all()
         if tree.concrete(finite) and not finite:
             raise ValueError(
@@ -128,7 +128,7 @@ def prune_in_rounds(
         cut = lambda path, w: jnp.where(live[path], w, jnp.zeros_like(w))
         scores = tree.chosen(score_fn(tree.map(cut, params, where=where)), where)
         finite = [jnp.isfinite(s).all() for s in scores.values()]
-        new = tree.topk(scores, count, where=every(scores), within=live)
+        new = tree.topk(scores, count, where=tree.every(scores), within=live)
         return new, jnp.all(jnp.array(finite, bool))
 
     dense = {path: jnp.ones_like(w, bool) for path, w in leaves.items()}

@@ -312,12 +312,8 @@ def subnet_grad(
             f"one number of sub-networks and batches is due: the masks have {n}, and the leading "
             f"axes of the batches {sorted(sizes)} (one batch for all: same_batch=True)"
         )
-    leaves, structure = jax.tree.flatten(params)
-    floats = [x if tree.is_inexact(x) else None for x in leaves]
-
-    def loss(floats, mask, batch):
-        full = [x if f is None else f for f, x in zip(floats, leaves, strict=True)]
-        return loss_fn(keep_where(mask, jax.tree.unflatten(structure, full)), batch)
+    floats = tree.chosen(params, tree.every(params))
+    loss = lambda w, mask, batch: loss_fn(keep_where(mask, tree.replace(params, w)), batch)
 
     def add(total, each):
         unit_mask, batch = each
@@ -330,8 +326,5 @@ def subnet_grad(
     given = (dict(unit_masks), None if same_batch else batches)
     total, values = jax.lax.scan(add, start, given)
     count = next(iter(n.values())) if mean else 1
-    out = [
-        jnp.zeros_like(x) if t is None else (t / count).astype(x.dtype)
-        for t, x in zip(total, leaves, strict=True)
-    ]
-    return values, jax.tree.unflatten(structure, out)
+    out = {path: (total[path] / count).astype(w.dtype) for path, w in floats.items()}
+    return values, tree.replace(jax.tree.map(jnp.zeros_like, params), out)

@@ -26,7 +26,7 @@ def _mask(fn: Any, params: PyTree, number: Any, where: tree.Where) -> Mask:
     elif jax.tree.structure(number) != jax.tree.structure(params):
         tree.check_like(params, number, "tree of numbers")
     elif where is None:
-        where = jax.tree.map(lambda _: True, params)
+        where = tree.every(params)
     chosen = tree.select(params, where)
     exempt = tree.topk(params, 0, where=jax.tree.map(lambda _: False, params))  # all True
     return jax.tree.map(
@@ -136,7 +136,7 @@ def sample(
     noisy = gumbel(key, scores, temperature)
     mask = topk(noisy, sparsity=sparsity, keep=keep, where=where, within=within)
     if tree.concrete(noisy, mask):
-        where = jax.tree.map(lambda _: True, scores) if where is None and not single else where
+        where = tree.every(scores) if where is None and not single else where
         drawn, positive = {}, {}
         picked = tree.chosen(scores, where)
         rest = zip(tree.flatten(scores), jax.tree.leaves(mask), strict=True)
@@ -210,7 +210,7 @@ def blocks(
     """
     given = sparsity if keep is None else keep
     if where is None and jax.tree.structure(given) != jax.tree.structure(0):
-        where = jax.tree.map(lambda _: True, scores)
+        where = tree.every(scores)
     where = tree.select(scores, where)
     sizes = {path: _blocked(path, s.shape, block) for path, s in tree.chosen(scores, where).items()}
 

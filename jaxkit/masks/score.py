@@ -17,7 +17,7 @@ __all__ = ["gumbel", "magnitude", "movement", "random"]
 
 def _scores(fn: Callable[..., Array], params: PyTree, *rest: PyTree) -> PyTree:
     """Map ``fn(path, leaf, *rest)`` over all inexact leaves, whatever their name or shape."""
-    return tree.map(fn, params, *rest, where=jax.tree.map(lambda _: True, params))
+    return tree.map(fn, params, *rest, where=tree.every(params))
 
 
 def magnitude(params: PyTree, *, standardize: bool = False) -> PyTree:

@@ -16,18 +16,13 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxkit import tree
 
-__all__ = ["every", "grasp", "obd", "snip", "tempered"]
+__all__ = ["grasp", "obd", "snip", "tempered"]
 
 Loss = Callable[[PyTree, Any], Any]
 _EXACT = 10_000  # entries of a diagonal, a product with the Hessian each
 
 
 # ----------------------------------------------------------------------------------------- shared
-
-
-def every(params: PyTree) -> PyTree[bool]:
-    """Choose all leaves, whatever their name or shape."""
-    return jax.tree.map(lambda _: True, params)
 
 
 def _gradient(
@@ -106,7 +101,7 @@ def snip(
     >>> snip(loss, {"kernel": jnp.array([[3.0, -1.0]])}, jnp.array([1.0, 2.0]))["kernel"].tolist()
     [[3.0, 2.0]]
     """
-    where = every(params)
+    where = tree.every(params)
     leaves = tree.chosen(params, where)
     grad = lambda one: _wide(_gradient(loss_fn, params, where, one, has_aux)(leaves))
     grads = _mean(grad, batch, stacked, axis_name)
@@ -176,7 +171,7 @@ def grasp(
     >>> grasp(loss, {"kernel": jnp.array([[3.0, 1.0]])}, jnp.array([1.0, -2.0]))["kernel"].tolist()
     [[9.0, 4.0]]
     """
-    all_of_them = every(params)
+    all_of_them = tree.every(params)
     leaves, counted = tree.chosen(params, all_of_them), tree.chosen(params, where)
     grad = lambda one: _gradient(loss_fn, params, all_of_them, one, has_aux)
     g = _mean(lambda one: _wide(grad(one)(leaves)), batch, stacked, axis_name)
@@ -256,14 +251,14 @@ def obd(
         w = tree.float32(w)
         return found[path] * w * w / 2 if path in found else jnp.zeros_like(w)
 
-    return tree.map(score, params, where=every(params))
+    return tree.map(score, params, where=tree.every(params))
 
 
 def _exact(product: Callable[[dict], dict], leaves: dict) -> dict:
     """Return the diagonal entry by entry, 64 of them at a time."""
-    vector, unravel = tree.ravel(leaves, every(leaves))
+    vector, unravel = tree.ravel(leaves, tree.every(leaves))
     unit = lambda i: unravel((jnp.arange(vector.size) == i).astype(vector.dtype))
-    entry = lambda i: tree.ravel(product(unit(i)), every(leaves))[0][i]
+    entry = lambda i: tree.ravel(product(unit(i)), tree.every(leaves))[0][i]
     return _wide(unravel(jax.lax.map(entry, jnp.arange(vector.size), batch_size=64)))
 
 

@@ -251,19 +251,12 @@ def taylor(
     >>> [round(s, 4) for s in scores["w:1"].tolist()]
     [0.6, 0.8]
     """
-    leaves, structure = jax.tree.flatten(params)
-    floats = [x if tree.is_inexact(x) else None for x in leaves]
-
-    def loss(floats):
-        full = [leaf if x is None else x for x, leaf in zip(floats, leaves, strict=True)]
-        return loss_fn(jax.tree.unflatten(structure, full), batch)
-
-    grads = jax.grad(loss)(floats)
+    floats = tree.chosen(params, tree.every(params))
+    grads = jax.grad(lambda w: loss_fn(tree.replace(params, w), batch))(floats)
     if axis_name is not None:
         grads = jax.lax.pmean(grads, axis_name)
-    effect = lambda w, g: w if g is None else tree.float32(w) * tree.float32(g)
-    effects = [effect(w, g) for w, g in zip(leaves, grads, strict=True)]
-    rows = unit_matrices(jax.tree.unflatten(structure, effects), axes, roles, role="consumed")
+    effects = {path: tree.float32(w) * tree.float32(grads[path]) for path, w in floats.items()}
+    rows = unit_matrices(tree.replace(params, effects), axes, roles, role="consumed")
     sums = {name: jnp.abs(w.sum(1)) for name, w in rows.items()}
     unit = lambda s: s / jnp.where((n := _norm(s)) > 0, n, 1)
     return {name: unit(s) for name, s in sums.items()}

@@ -62,11 +62,10 @@ def example_norms(
     ghosts = _ghosts(loss_fn, params, example)
     own = tree.flatten(params)
     direct = {p: w for p, w in own.items() if tree.is_inexact(w) and p not in ghosts}
-    structure = jax.tree.structure(params)
 
     def squared(example: Any) -> Array:
         def loss(direct: dict, taps: dict) -> Array:
-            full = jax.tree.unflatten(structure, [direct.get(p, w) for p, w in own.items()])
+            full = tree.replace(params, direct)
             ops = {path: (_ghost, z) for path, z in taps.items()}
             return trace.replay(loss_fn, ops)(full, example) if ops else loss_fn(full, example)
 
@@ -185,13 +184,10 @@ def clipped_sum(
     factors = jnp.minimum(1.0, clip / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))
     if mask is not None:
         factors = jnp.where(mask, factors, 0.0)
-    leaves, structure = jax.tree.flatten(wide)
-    floats = [w if tree.is_inexact(w) else None for w in leaves]
+    floats = tree.chosen(wide, tree.every(wide))
 
-    def total(floats: list, batch: Any, factors: Array) -> Array:
-        pairs = zip(leaves, floats, strict=True)
-        full = [w if f is None else f for w, f in pairs]
-        losses = jax.vmap(loss_fn, in_axes=(None, 0))(jax.tree.unflatten(structure, full), batch)
+    def total(floats: dict, batch: Any, factors: Array) -> Array:
+        losses = jax.vmap(loss_fn, in_axes=(None, 0))(tree.replace(wide, floats), batch)
         return jnp.sum(factors * losses.astype(factors.dtype))
 
     if chunk is None or chunk >= len(factors):
@@ -203,8 +199,7 @@ def clipped_sum(
         grads, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, floats), parts)
     if axis_name is not None:
         grads = jax.lax.psum(grads, axis_name)
-    out = [jnp.zeros_like(w) if g is None else g for w, g in zip(leaves, grads, strict=True)]
-    return jax.tree.unflatten(structure, out)
+    return tree.replace(jax.tree.map(jnp.zeros_like, wide), grads)
 
 
 def dp_gradient(

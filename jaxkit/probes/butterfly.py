@@ -107,5 +107,4 @@ def perturb(
     changed = count / max(total, 1)
     if chosen and tree.concrete(changed, sigma, fraction) and sigma > 0 and not changed:
         raise ValueError(f"a push of sigma={sigma} is lost in rounding: no entry has changed")
-    leaves = tree.flatten(params) | moved
-    return Perturbed(jax.tree.unflatten(jax.tree.structure(params), leaves.values()), changed)
+    return Perturbed(tree.replace(params, moved), changed)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
@@ -62,9 +61,8 @@ def install(params: PyTree, leaves: Mapping[str, Array]) -> PyTree:
             raise ValueError(
                 f"{path!r} became {jnp.shape(leaves[path])}, and its shape {jnp.shape(own)} was due"
             )
-    own = tree.flatten(params)
-    out = [leaves[p].astype(leaf.dtype) if p in leaves else leaf for p, leaf in own.items()]
-    return jax.tree.unflatten(jax.tree.structure(params), out)
+    own = matched(params, leaves)
+    return tree.replace(params, {path: x.astype(own[path].dtype) for path, x in leaves.items()})
 
 
 def leafwise(

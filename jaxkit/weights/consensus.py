@@ -58,7 +58,7 @@ def gossip(stack: PyTree, mixing: Float[Array, "models models"]) -> PyTree:
         mixed = jnp.einsum("ij,j...->i...", a.astype(wide.dtype), wide, precision="highest")
         return mixed.astype(leaf.dtype)
 
-    return tree.map(mix, stack, where=jax.tree.map(lambda _: True, stack))
+    return tree.map(mix, stack, where=tree.every(stack))
 
 
 def majority(q: float | Float[Array, "..."], m: int) -> Float[Array, "..."]:

@@ -107,7 +107,7 @@ def output_change(
         raise ValueError(f"draws={draws}: at least three are due, as one is left out")
     tree.check_key(key)
     full = apply_fn(model, batch)
-    every = jax.tree.map(lambda _: True, base)
+    every = tree.every(base)
     chosen = tree.select(base, every if isinstance(where, str) and where == "**" else where)
 
     def change(key: PRNGKeyArray) -> Array:

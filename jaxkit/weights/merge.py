@@ -156,7 +156,7 @@ def merge(
         if merged.shape != out[path].shape:
             raise ValueError(f"{path!r} became {merged.shape}, due is {out[path].shape}")
         out[path] = merged.astype(out[path].dtype)
-    return jax.tree.unflatten(jax.tree.structure(template), list(out.values()))
+    return tree.replace(template, out)
 
 
 def deltas(base: PyTree | None, models: Models, *, where: tree.Where = "**") -> Deltas:
@@ -239,7 +239,7 @@ def _read(base: PyTree | None, models: Models, where: tree.Where) -> tuple[PyTre
     for i, model in enumerate(models if several else [models]):
         _check_structure(template, model, f"model {i}" if several else "stack of models")
     if isinstance(where, str) and where == "**":
-        where = jax.tree.map(lambda _: True, template)
+        where = tree.every(template)
     chosen = tree.chosen(template, where)
     if several:
         flats = [tree.flatten(model) for model in models]

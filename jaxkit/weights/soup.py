@@ -49,7 +49,7 @@ def running_mean(
     """
     tree.check_like(mean, params, "params")
     if isinstance(where, str) and where == "**":
-        where = jax.tree.map(lambda _: True, mean)
+        where = tree.every(mean)
     first = jnp.asarray(count) == 0
 
     def update(bit: bool, m: Any, w: Any) -> Any:

@@ -25,6 +25,12 @@ ROWS = [
     Row(
         "tree.ravel", lambda key, params, batch, n: tree.ravel(params)[0], local=False, smooth=True
     ),
+    Row(
+        "tree.replace",
+        lambda key, params, batch, n: tree.replace(params, tree.chosen(params, tree.every(params))),
+        like_params=True,
+        smooth=True,
+    ),
     Row("tree.keys", lambda key, params, batch, n: tree.keys(key, params, "contract"), random=True),
     Row("tree.topk", lambda key, params, batch, n: tree.topk(params, n * 4), number=3.0),
     Row(
@@ -99,6 +105,7 @@ ROWS = [
 EXEMPT = {
     "tree.chosen": "host-side: paths are strings",
     "tree.concrete": "host-side predicate",
+    "tree.every": "host-side: a tree of Python bools",
     "tree.Where": "a type",
     "tree.check_key": "raises or does nothing; tested in test_tree.py",
     "tree.check_like": "raises or does nothing; tested in test_tree.py",
