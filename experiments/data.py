@@ -83,6 +83,17 @@ def fingerprint(data: Data) -> str:
     return digest.hexdigest()[:16]
 
 
+def shifted(images: Float[np.ndarray, "n height width channels"]) -> np.ndarray:
+    """Put images at nine places, up to a pixel from their own, one place after the other.
+
+    >>> shifted(np.ones((2, 3, 3, 1))).shape
+    (18, 3, 3, 1)
+    """
+    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
+    h, w = images.shape[1:3]
+    return np.concatenate([padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)])
+
+
 def _draw(y: np.ndarray, count: int, seed: int) -> np.ndarray:
     """Choose `count` positions so that every class keeps its share up to one, sorted."""
     rng = np.random.default_rng(seed)

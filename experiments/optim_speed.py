@@ -20,12 +20,10 @@ import importlib.util
 import itertools
 import multiprocessing
 import os
-import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -36,7 +34,8 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from experiments import Claim, Row, Run, figures
+from experiments import Claim, Row, Run, figures, perceptron
+from experiments.clock import timed
 from jaxkit import optim
 
 OURS, THEIRS, OPTAX = "jaxkit", "pytorch_optimizer", "optax"
@@ -105,13 +104,6 @@ def confine(threads: int) -> None:
     """Leave this process the first processors that it has, where the system can do that."""
     if hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
-
-
-def timed(call: Callable[[], Any]) -> tuple[float, float]:
-    """Return the seconds that a call takes, and those of all processors."""
-    start, cpu = time.perf_counter(), time.process_time()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start, time.process_time() - cpu
 
 
 # --------------------------------------------------------------------------------- SOAP and Fira
@@ -196,18 +188,13 @@ def sums(settings: Settings) -> tuple[dict[str, Callable[[], Any]], list[Row], f
     """Return the clipped sums by library, what memory they take, and how far they are apart."""
     key = jax.random.key(settings.seed)
     sizes = [784, *[settings.hidden] * 3, 10]
-    he = jax.nn.initializers.he_normal()
-    params = [
-        {"kernel": he(jax.random.fold_in(key, i), size), "bias": jnp.zeros(size[1])}
-        for i, size in enumerate(pairwise(sizes))
-    ]
+    params = perceptron.init(key, sizes)
     x = jax.random.normal(key, (settings.batch, sizes[0]))
     batch = x, jax.random.randint(key, (settings.batch,), 0, sizes[-1])
 
     def loss_fn(params, example):
-        out, label = example
-        for i, layer in enumerate(params):
-            out = (jax.nn.relu(out) if i else out) @ layer["kernel"] + layer["bias"]
+        x, label = example
+        out = perceptron.forward(params, x)
         return optax.softmax_cross_entropy_with_integer_labels(out, label)
 
     aggregate = optax.contrib.differentially_private_aggregate(CLIP, 0.0, key=key)

@@ -41,7 +41,7 @@ from jax import lax
 from matplotlib.figure import Figure
 
 from experiments import Claim, Row, Run, characters, figures, perceptron
-from experiments.data import fingerprint, load
+from experiments.data import fingerprint, load, shifted
 from jaxkit import optim
 
 
@@ -138,13 +138,6 @@ def methods(settings: Settings) -> dict[str, Method]:
         DOG: Method(lambda rate: optax.contrib.dog(rate), 1.0),
     }
     return {name: found[name] for name in METHODS}
-
-
-def shifted(images: np.ndarray) -> np.ndarray:
-    """Put images at nine places, up to a pixel from their own, one place after the other."""
-    padded = np.pad(images, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    h, w = images.shape[1:3]
-    return np.concatenate([padded[:, i : i + h, j : j + w] for i in range(3) for j in range(3)])
 
 
 def workloads(settings: Settings, folder: Path | None) -> tuple[dict[str, Workload], str]:

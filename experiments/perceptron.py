@@ -24,6 +24,11 @@ def logits(
     """Bring every image to mean 0 and standard deviation 1, and apply the layers."""
     x = jnp.reshape(images, (images.shape[0], -1))
     x = (x - x.mean(1, keepdims=True)) / jnp.maximum(x.std(1, keepdims=True), 1e-3)
+    return forward(params, x)
+
+
+def forward(params: PyTree, x: Float[Array, "*n features"]) -> Float[Array, "*n classes"]:
+    """Apply the layers, with ReLU between them."""
     for i in range(len(params)):
         layer = params[f"layer_{i}"]
         x = (x if i == 0 else jax.nn.relu(x)) @ layer["kernel"] + layer["bias"]

@@ -36,7 +36,7 @@ from jax import lax
 from matplotlib.figure import Figure
 
 from experiments import Claim, Row, Run, characters, figures, perceptron
-from experiments.data import fingerprint, load
+from experiments.data import fingerprint, load, shifted
 from jaxkit import optim, tree
 
 
@@ -140,15 +140,11 @@ def workloads(settings: Settings, folder: Path | None) -> tuple[dict[str, Worklo
     cross = optax.softmax_cross_entropy_with_integer_labels
     halves = lambda *parts: tuple(tuple(jnp.asarray(p[i::2]) for p in parts) for i in range(2))
     data = load(folder, train=settings.train, test=settings.test)
-    # every image at nine places
-    padded = np.pad(data.x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    height, width = data.x.shape[1:3]
-    places = [padded[:, i : i + height, j : j + width] for i in range(3) for j in range(3)]
     sizes = (data.x[0].size, settings.width, data.classes)
     digits = Workload(
         lambda key: perceptron.init(key, sizes),
         lambda params, batch: cross(perceptron.logits(params, batch[0]), batch[1]).mean(),
-        (jnp.asarray(np.concatenate(places)), jnp.asarray(np.tile(data.y, 9))),
+        (jnp.asarray(shifted(data.x)), jnp.asarray(np.tile(data.y, 9))),
         halves(data.x_test, data.y_test),
         lambda rate: optax.sgd(rate, momentum=0.9),
         settings.sgd,

@@ -8,8 +8,6 @@ a format is faster than the dense product depends on the machine: the crossover 
 measured.
 """
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -22,6 +20,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from experiments import Claim, Row, Run, figures
+from experiments.clock import timed
 from jaxkit import masks, trace
 
 COLORS = {
@@ -67,20 +66,13 @@ def run(settings: Settings, folder: Path | None) -> Run:
                 "what": what,
                 "variant": name,
                 "sparsity": sparsity,
-                "seconds": seconds(call),
+                "seconds": timed(call)[0],
                 "bytes": size,
             }
             for (what, name, sparsity), (call, size) in variants.items()
         ]
 
     return Run(lambda: jnp.zeros(()), step, settings.rounds)
-
-
-def seconds(call: Callable[[], Any]) -> float:
-    """Return the seconds of one call."""
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
 
 
 def nbytes(packed: Any) -> int:

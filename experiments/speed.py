@@ -7,10 +7,8 @@ so that the ratios hold on a machine that does other things too; the times thems
 machine.
 """
 
-import time
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import jax
@@ -19,7 +17,8 @@ import numpy as np
 import optax
 from matplotlib.figure import Figure
 
-from experiments import Claim, Row, Run, figures
+from experiments import Claim, Row, Run, figures, perceptron
+from experiments.clock import timed
 from jaxkit import masks, trace, tree
 
 
@@ -50,18 +49,11 @@ def run(settings: Settings, folder: Path | None) -> Run:
 
     def step(i, state):
         return state, [
-            {"round": i, "what": what, "variant": name, "seconds": seconds(call)}
+            {"round": i, "what": what, "variant": name, "seconds": timed(call)[0]}
             for (what, name), call in variants.items()
         ]
 
     return Run(lambda: jnp.zeros(()), step, settings.rounds)
-
-
-def seconds(call) -> float:
-    """Return the seconds of one call."""
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    return time.perf_counter() - start
 
 
 def ranks(key, settings: Settings):
@@ -85,19 +77,12 @@ def ranks(key, settings: Settings):
 def training(key, settings: Settings):
     """Return a train step of a multilayer perceptron under each transformation, warmed up."""
     sizes = [512, settings.width, settings.width, settings.width, 10]
-    he = jax.nn.initializers.he_normal()
-    params = {
-        f"layer_{i}": {"kernel": he(jax.random.fold_in(key, i), size), "bias": jnp.zeros(size[1])}
-        for i, size in enumerate(pairwise(sizes))
-    }
+    params = perceptron.init(key, sizes)
     x = jax.random.normal(key, (settings.batch, sizes[0]))
     y = jax.random.randint(key, (settings.batch,), 0, sizes[-1])
 
     def loss_fn(params):
-        out = x
-        for i in range(len(params)):
-            layer = params[f"layer_{i}"]
-            out = (jax.nn.relu(out) if i else out) @ layer["kernel"] + layer["bias"]
+        out = perceptron.forward(params, x)
         return optax.softmax_cross_entropy_with_integer_labels(out, y).mean()
 
     adam = optax.adamw(1e-3)

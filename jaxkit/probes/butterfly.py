@@ -78,7 +78,8 @@ def perturb(
     chosen = tree.chosen(params, where)
     if jax.tree.structure(std) != jax.tree.structure(params):
         raise ValueError("std has not the structure of params: a number a leaf was due")
-    stds = {path: jnp.float32(tree.flatten(std)[path]) for path in chosen}
+    given = tree.flatten(std)
+    stds = {path: jnp.float32(given[path]) for path in chosen}
     noise = lambda k, w: jax.random.normal(k, w.shape)
     if direction is None:
         keys = tree.flatten(tree.keys(key, params, "perturb"))
