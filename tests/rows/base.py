@@ -78,11 +78,6 @@ def axis_or_none() -> Any:
     return "data"
 
 
-def every(params):
-    """Choose all leaves."""
-    return jax.tree.map(lambda _: True, params)
-
-
 def draw(initializer):
     """Call an array initializer on every weight."""
 

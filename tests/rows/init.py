@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jaxkit import init
+from jaxkit import init, tree
 from tests.rows.base import (
     ATTENTION,
     MAMBA,
@@ -14,7 +14,6 @@ from tests.rows.base import (
     axis_or_none,
     bounds,
     draw,
-    every,
     mlp,
     square,
 )
@@ -55,7 +54,7 @@ ROWS = [
     ),
     Row(
         "init.transplant",
-        lambda key, params, batch, n: init.transplant(params, params, where=every(params))[0],
+        lambda key, params, batch, n: init.transplant(params, params, where=tree.every(params))[0],
         like_params=True,
         keeps=False,  # an empty tree has nothing to load
     ),

@@ -7,7 +7,6 @@ from jaxkit import masks, tree
 from tests.rows.base import (
     Row,
     axis_or_none,
-    every,
     half,
     loss_fn,
 )
@@ -50,7 +49,7 @@ ROWS = [
     Row(
         "masks.grasp",
         lambda key, params, batch, n: masks.grasp(
-            loss_fn, params, batch, where=every(params), axis_name=axis_or_none()
+            loss_fn, params, batch, where=tree.every(params), axis_name=axis_or_none()
         ),
         tol=1e-4,
     ),

@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxkit import masks, probes
+from jaxkit import masks, probes, tree
 from jaxkit.trace import Role
-from tests.rows.base import MLP, Row, axes_of, axis_or_none, draw, every, half, loss_fn, mlp
+from tests.rows.base import MLP, Row, axes_of, axis_or_none, draw, half, loss_fn, mlp
 
 MLP_AXES = {"up": (None, "hidden"), "down": ("hidden", None)}
 MLP_ROLES = dict.fromkeys(MLP, Role("kernel", ("consumed", "produced")))
@@ -82,7 +82,9 @@ ROWS = [
     ),
     Row(
         "masks.bn_scale",
-        lambda key, params, batch, n: masks.bn_scale(params, axes_of(params), where=every(params)),
+        lambda key, params, batch, n: masks.bn_scale(
+            params, axes_of(params), where=tree.every(params)
+        ),
         local=False,
         smooth=True,
     ),
@@ -171,7 +173,7 @@ ROWS = [
     Row(
         "masks.layer_mask",
         lambda key, params, batch, n: masks.layer_mask(
-            params, {"all": n > 0.5}, {"all": every(params)}
+            params, {"all": n > 0.5}, {"all": tree.every(params)}
         ),
         number=1.0,
     ),

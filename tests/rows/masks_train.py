@@ -6,7 +6,7 @@ import numpy as np
 import optax
 
 from jaxkit import masks, probes, reparam, tree
-from tests.rows.base import KEY, Row, every, half
+from tests.rows.base import KEY, Row, half
 
 negative = lambda params: jax.tree.map(lambda x: -x, params)
 none = lambda params: jax.tree.map(lambda x: jnp.zeros_like(x, bool), params)
@@ -20,7 +20,7 @@ def known_half(params):
 
 def two(params):
     """A category of two matrices: the first two float leaves."""
-    first = list(tree.chosen(params, every(params)))[:2]
+    first = list(tree.chosen(params, tree.every(params)))[:2]
     return {"both": [lambda path, w, own=own: path == own for own in first]}
 
 
@@ -105,14 +105,14 @@ ROWS = [
     Row(
         "masks.switch",
         lambda key, params, batch, n: masks.switch(
-            jnp.stack([jnp.asarray(n) > 0.3]), params, [every(params)]
+            jnp.stack([jnp.asarray(n) > 0.3]), params, [tree.every(params)]
         ),
         number=0.5,
     ),
     Row(
         "masks.memcontrol",
         lambda key, params, batch, n: masks.memcontrol(
-            optax.sgd(n), params, [every(params)], one_step, lambda tuned: tuned
+            optax.sgd(n), params, [tree.every(params)], one_step, lambda tuned: tuned
         )(jnp.array([True])),
         number=0.5,
         like_params=True,

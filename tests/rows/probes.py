@@ -3,8 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jaxkit import probes
-from tests.rows.base import Row, every, loss_fn
+from jaxkit import probes, tree
+from tests.rows.base import Row, loss_fn
 from tests.rows.weights import tuned
 
 PLACES = jnp.array([0.0, 0.5, 1.0])
@@ -25,7 +25,7 @@ def line(key, params, batch, n):
 
 def push(key, params, batch, n):
     std = jax.tree.map(lambda _: 1.0, params)
-    return probes.perturb(key, params, n, std=std, where=every(params)).params
+    return probes.perturb(key, params, n, std=std, where=tree.every(params)).params
 
 
 ROWS = [

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkit import data, nn, trace, tree
-from tests.rows.base import KEY, Row, every, every_axis
+from tests.rows.base import KEY, Row, every_axis
 
 SIREN = {"w": jnp.ones((2, 4)), "b": jnp.zeros(4), "v": jnp.ones((4, 3))}
 ONE, TWO = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
@@ -20,7 +20,9 @@ def as_kernels(params):
 
 
 def features(params, n=1.0):
-    return tree.map(lambda path, w: (n * w)[..., None].astype(w.dtype), params, where=every(params))
+    return tree.map(
+        lambda path, w: (n * w)[..., None].astype(w.dtype), params, where=tree.every(params)
+    )
 
 
 def layer(key, params, channels):
@@ -33,7 +35,7 @@ def head(key, params, channels):
 
 def layered(key, params, batch, n):
     out = nn.equivariant_apply(layer(KEY, params, 1), features(params, n), every_axis(params))
-    return tree.map(lambda path, y: y[..., 0], out, where=every(out))
+    return tree.map(lambda path, y: y[..., 0], out, where=tree.every(out))
 
 
 def flipped(key, params, batch, n):
@@ -48,7 +50,7 @@ def shifted(key, params, batch, n):
 
 
 def mixed(key, params, batch, n):
-    twice = tree.map(lambda path, w: 2 * w, params, where=every(params))
+    twice = tree.map(lambda path, w: 2 * w, params, where=tree.every(params))
     mix = data.weight_mixup(key, params, twice, ONE, TWO, share=n)
     return mix[0]
 
@@ -60,7 +62,7 @@ def row(name, fn, **options):
 def numbers(name, number, option):
     """Rows of what changes the numbers alone."""
     call = lambda key, params, batch, n: getattr(data, name)(
-        key, params, where=every(params), **{option: n}
+        key, params, where=tree.every(params), **{option: n}
     )
     return row(name, call, number=number, random=True, like_params=True)
 
@@ -121,7 +123,7 @@ ROWS = [
     ),
     row(
         "scaled_inputs",
-        lambda key, params, batch, n: data.scaled_inputs(key, params, every(params), scale=n),
+        lambda key, params, batch, n: data.scaled_inputs(key, params, tree.every(params), scale=n),
         number=0.2,
         random=True,
         like_params=True,

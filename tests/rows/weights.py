@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxkit import tree, weights
-from tests.rows.base import Row, axis_or_none, every
+from tests.rows.base import Row, axis_or_none
 
 
 def tuned(params):
@@ -14,7 +14,7 @@ def tuned(params):
     def moved(wave):
         shift = lambda w: wave(jnp.arange(w.size, dtype=jnp.float32)).reshape(w.shape)
         add = lambda path, w: (tree.float32(w) + shift(w)).astype(w.dtype)
-        return tree.map(add, params, where=every(params))
+        return tree.map(add, params, where=tree.every(params))
 
     return [moved(jnp.sin), moved(jnp.cos)]
 
@@ -31,7 +31,7 @@ def row(name, method, **options):
 def fishers(params):
     """A positive tree for each of two models."""
     positive = lambda path, w: jnp.square(tree.float32(w)) + 0.1
-    return [tree.map(positive, model, where=every(params)) for model in tuned(params)]
+    return [tree.map(positive, model, where=tree.every(params)) for model in tuned(params)]
 
 
 def predict(params, x):
@@ -53,8 +53,8 @@ def learned(key, params, batch, n):
 
 def pulled(key, params, batch, n):
     """Take one step of adamr on the float leaves."""
-    own = tree.chosen(params, every(params))
-    start = tree.chosen(tuned(params)[0], every(params))
+    own = tree.chosen(params, tree.every(params))
+    start = tree.chosen(tuned(params)[0], tree.every(params))
     tx = weights.adamr(n, start, strength=0.5)
     return tx.update(own, tx.init(own), own)[0]
 

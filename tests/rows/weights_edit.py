@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxkit import probes, tree, weights
-from tests.rows.base import Row, axis_or_none, every
+from tests.rows.base import Row, axis_or_none
 
 
 def waves(*shape):
@@ -41,7 +41,7 @@ def related(key, params, batch, n):
 def mixed(key, params, batch, n):
     """Two models that are one and its half."""
     halved = lambda path, w: jnp.stack([w, (0.5 * w).astype(w.dtype)])
-    models = tree.map(halved, tree.chosen(params, every(params)), where="**") if params else {}
+    models = tree.map(halved, tree.chosen(params, tree.every(params)), where="**") if params else {}
     return weights.gossip(models, jnp.stack([jnp.stack([1 - n, n]), jnp.stack([n, 1 - n])]))
 
 
@@ -56,10 +56,12 @@ def chosen(key, params, batch, n):
 
     def sample(key):
         factor = jax.random.normal(key)
-        return tree.map(lambda path, w: (factor * w).astype(w.dtype), params, where=every(params))
+        return tree.map(
+            lambda path, w: (factor * w).astype(w.dtype), params, where=tree.every(params)
+        )
 
     def loss_fn(params, target):
-        floats = tree.chosen(params, every(params)).values()
+        floats = tree.chosen(params, tree.every(params)).values()
         return jnp.square(sum((tree.float32(w).sum() for w in floats), 0.0) - target)
 
     return probes.best_of(key, sample, loss_fn, n, count=4, chunk=2).params
