@@ -85,6 +85,7 @@ def leafwise(
         of another shape.
       TypeError: a legacy uint32 key.
 
+    >>> import jax
     >>> shift = leafwise(lambda key, path, w: jnp.zeros(w.shape[1]), lambda b, w: w + b)
     >>> params = {"kernel": jnp.ones((2, 3)), "bias": jnp.ones(3)}
     >>> theta = shift.init(jax.random.key(0), params)

@@ -1,0 +1,45 @@
+"""Leaves by path: name them, choose them, give them keys, rank their entries."""
+
+from jaxkit.tree.leaves import (
+    Where,
+    check_key,
+    check_like,
+    chosen,
+    concrete,
+    every,
+    flatten,
+    float32,
+    is_array,
+    is_inexact,
+    is_weight,
+    keys,
+    map,
+    paths,
+    ravel,
+    replace,
+    select,
+)
+from jaxkit.tree.ranks import kth_largest, quantile, topk
+
+__all__ = [
+    "Where",
+    "check_key",
+    "check_like",
+    "chosen",
+    "concrete",
+    "every",
+    "flatten",
+    "float32",
+    "is_array",
+    "is_inexact",
+    "is_weight",
+    "keys",
+    "kth_largest",
+    "map",
+    "paths",
+    "quantile",
+    "ravel",
+    "replace",
+    "select",
+    "topk",
+]
