@@ -37,7 +37,7 @@ from matplotlib.figure import Figure
 
 from experiments import Claim, Row, Run, characters, figures, perceptron
 from experiments.data import fingerprint, load, shifted
-from jaxkit import optim, tree
+from jaxkit import optim
 
 
 @dataclass(frozen=True)
@@ -183,8 +183,7 @@ def run(settings: Settings, folder: Path | None) -> Run:
             params, state = carry
             grads = jax.grad(task.loss)(params, jax.tree.map(lambda x: x[batch], task.train))
             updates, state = tx.update(grads, state, params)
-            flat, _ = tree.ravel(grads)
-            norm = jnp.linalg.norm(flat, 2 if task.norm == "l2" else 1)
+            norm = optax.tree.norm(grads, ord=2 if task.norm == "l2" else 1)
             return (optax.apply_updates(params, updates), state), norm
 
         (params, _), norms = lax.scan(step, (params, tx.init(params)), batches)

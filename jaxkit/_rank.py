@@ -31,13 +31,18 @@ def is_pair(x: Any) -> bool:
     return isinstance(x, Pair)
 
 
+def decimal(x: Any) -> Fraction:
+    """Return the number that a Python number is written as: 0.1 is 1/10, and exactly so."""
+    return Fraction(repr(float(x)))
+
+
 def share(n: Pair, fraction: Any) -> Pair:
     """Return round-half-even(fraction n): exactly for a Python number of few digits.
 
     That is one that is a ratio of integers below 2**16 (0.2, 0.1234); float32 has the others.
     """
     if isinstance(fraction, int | float | np.number):
-        exact = Fraction(repr(float(fraction)))
+        exact = decimal(fraction)
         if 0 <= exact <= 1 and exact.denominator < 2**16:
             return _ratio(n, exact)
     return as_pair(jnp.round(fraction * (n.hi * jnp.float32(_WORD) + n.lo)))

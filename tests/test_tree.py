@@ -251,6 +251,7 @@ def test_quantile_equals_numpy(q):
     # numpy computes the rank in floats: 0.7 * 90 is 62.99999999999999 there, and 63 here
     want = np.sort(x.ravel())[math.floor(Fraction(repr(q)) * (x.size - 1))]
     assert tree.quantile([jnp.asarray(x)], q) == want
+    assert tree.quantile([jnp.asarray(x)], np.float64(q)) == want
     if q * 8 == int(q * 8):
         assert want == np.quantile(x, q, method="lower")
         assert jax.jit(tree.quantile)([jnp.asarray(x)], q) == want

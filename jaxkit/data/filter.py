@@ -1,13 +1,13 @@
 """Perplexity: how surprised a reference model is by each example, and the least surprising ones."""
 
 import math
-from fractions import Fraction
 
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxkit import tree
+from jaxkit._rank import decimal
 
 __all__ = ["perplexity", "perplexity_filter"]
 
@@ -75,7 +75,7 @@ def perplexity_filter(
         raise ValueError(f"fraction={fraction}, and a number in [0, 1] was due")
     n = len(perplexities)
     if isinstance(fraction, int | float | np.number):
-        keep = math.floor(Fraction(repr(float(fraction))) * n)
+        keep = math.floor(decimal(fraction) * n)
     else:
         keep = jnp.floor(jnp.asarray(fraction, jnp.float32) * n)
     scores = {"perplexities": -jnp.asarray(perplexities)}

@@ -16,12 +16,12 @@ how the matrices are drawn, are choices made here to satisfy the definition.
 
 import math
 from collections.abc import Callable
-from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxkit._rank import decimal
 from jaxkit.init import _layout
 
 __all__ = ["block_sparse", "low_rank", "orthogonal"]
@@ -105,7 +105,7 @@ def low_rank(
         raise ValueError(f"gamma in (0, 1] is due, and {gamma} came")
 
     def matrix(key, n, m, dtype):
-        r = math.floor(Fraction(repr(float(gamma))) * min(n, m))
+        r = math.floor(decimal(gamma) * min(n, m))
         if r < 1:
             raise ValueError(f"gamma={gamma} leaves a kernel of {n} inputs and {m} outputs no rank")
         left, right = jax.random.split(key)

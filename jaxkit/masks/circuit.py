@@ -14,8 +14,8 @@ Reference: Dang, Liu, Van den Broeck, "Sparse Probabilistic Circuits via Pruning
 arXiv:2211.12551.
 """
 
+import math
 from collections.abc import Sequence
-from fractions import Fraction
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._rank import decimal
 
 __all__ = ["compact", "em", "flows", "grow", "init", "log_prob", "prune"]
 
@@ -197,7 +198,7 @@ def prune(params: PyTree, flows: PyTree, fraction: float | Array) -> PyTree:
     choice = tuple(alive & (alive.sum(-1, keepdims=True) > 1) for alive in live)
     count = sum(c.sum() for c in choice)
     if tree.concrete(count, fraction):
-        gone = Fraction(repr(float(fraction))) * int(count) // 1
+        gone = math.floor(decimal(fraction) * int(count))
     else:
         gone = jnp.floor(fraction * count).astype(jnp.int32)
     every = lambda path, leaf: True

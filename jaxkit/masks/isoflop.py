@@ -26,6 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxkit._rank import decimal
 from jaxkit.masks.select import check_sparsity
 
 __all__ = ["IsoFlop", "doped", "factorized", "folded_decay", "parallel", "wide"]
@@ -51,7 +52,7 @@ class IsoFlop(NamedTuple):
 
 def _exact(sparsity: float) -> Fraction:
     check_sparsity(sparsity)
-    return Fraction(repr(float(sparsity)))
+    return decimal(sparsity)
 
 
 def _sizes(shape: tuple[int, ...]) -> tuple[int, int]:

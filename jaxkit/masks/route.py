@@ -5,8 +5,8 @@ A batch of masks that differ per example saves no time in a compiled program: wh
 `trace.take` turns into smaller arrays: that one is faster.
 """
 
+import math
 from collections.abc import Callable
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxkit import tree
+from jaxkit._rank import decimal
 from jaxkit.trace.taps import taps
 
 __all__ = [
@@ -270,7 +271,7 @@ def macs(
 
 def _ceil(part: float, n: int) -> int:
     """Return the exact ceiling of part * n for a decimal number (in floats .1 * 30 exceeds 3)."""
-    return -int(-(Fraction(repr(float(part))) * n) // 1)
+    return math.ceil(decimal(part) * n)
 
 
 def _check_part(name: str, part: float) -> None:

@@ -4,7 +4,6 @@ A mask is a tree like params with boolean leaves; a leaf that was not chosen is 
 are exact, ties keep the lower index.
 """
 
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -38,7 +37,7 @@ def check_sparsity(sparsity: Any) -> None:
 def kept_count(sparsity: Any, n: int) -> Any:
     """Return round-half-even((1 - sparsity) n), exactly if `sparsity` is a Python number."""
     if isinstance(sparsity, int | float | np.number):
-        return round((1 - Fraction(repr(float(sparsity)))) * n)
+        return round((1 - rank.decimal(sparsity)) * n)
     sparsity = jnp.asarray(sparsity, jnp.float32)
     if n < 2**24:
         return jnp.round((1 - sparsity) * n)

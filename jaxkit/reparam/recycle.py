@@ -1,7 +1,6 @@
 """What becomes of frozen weights that a learned mask leaves out: recycled, or drawn anew."""
 
 import math
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -9,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._rank import decimal
 from jaxkit.init.rules import TreeInitializer
 from jaxkit.masks.select import Mask
 from jaxkit.reparam.core import Theta, install, matched
@@ -73,7 +73,7 @@ def recycle(
 def _floor(fraction: Any, n: int) -> Any:
     """Return floor(fraction n), exactly for a Python number."""
     if isinstance(fraction, int | float):
-        return math.floor(Fraction(repr(float(fraction))) * n)
+        return math.floor(decimal(fraction) * n)
     return jnp.floor(jnp.float32(fraction) * n).astype(jnp.int32)
 
 

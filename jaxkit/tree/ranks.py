@@ -1,7 +1,6 @@
 """Ranks of entries over a whole tree: the k largest, the k-th, quantiles, without a sort."""
 
 import math
-from fractions import Fraction
 from typing import Any
 
 import jax
@@ -119,8 +118,8 @@ def quantile(tree: PyTree, q: Any, *, where: Where = None) -> Float[Array, ""]:
     """
     leaves, _, bits = _ranked(tree, where)
     n = sum(leaf.size for leaf in leaves)
-    if isinstance(q, int | float):
+    if isinstance(q, int | float | np.number):
         if not 0 <= q <= 1:
             raise ValueError(f"q={q} is not in [0, 1]")
-        return _kth(leaves, n - math.floor(Fraction(repr(q)) * (n - 1)), bits)
+        return _kth(leaves, n - math.floor(rank.decimal(q) * (n - 1)), bits)
     return _kth(leaves, n - jnp.floor(q * (n - 1)), bits)

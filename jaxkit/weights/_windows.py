@@ -8,11 +8,11 @@ passes it takes, and nothing else.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from jaxkit._rank import decimal
 from jaxkit.weights.sparsify import Window
 
 Places = Any  # a slice or an array of integers
@@ -57,7 +57,7 @@ def image(x: np.ndarray) -> np.ndarray:
 
 def counts(window: Window, n: int) -> tuple[int, int]:
     """Return how many entries go from above, and how many there are above the smallest that go."""
-    exact = lambda share: round(Fraction(repr(float(share))) * n)
+    exact = lambda share: round(decimal(share) * n)
     start = exact(window.outliers)
     return start, n - (exact(window.sparsity) - start)
 
