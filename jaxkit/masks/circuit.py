@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit._rank import decimal
 
 __all__ = ["compact", "em", "flows", "grow", "init", "log_prob", "prune"]
@@ -189,7 +190,7 @@ def prune(params: PyTree, flows: PyTree, fraction: float | Array) -> PyTree:
     9
     """
     tree.check_like(params, flows, "flows")
-    if tree.concrete(fraction) and not 0 <= fraction <= 1:
+    if violates(lambda f: (f >= 0) & (f <= 1), fraction):
         raise ValueError(f"fraction={fraction}: a number in [0, 1] is due")
     live = tuple(jnp.isfinite(e) for e in params["edges"])
     for v, alive in enumerate(live):

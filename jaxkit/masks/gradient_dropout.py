@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = ["gradient_dropout"]
 
@@ -44,7 +45,7 @@ def gradient_dropout(
     >>> gradient_dropout(jax.random.key(0), a, b)["s"].tolist()
     [1.0, -2.0]
     """
-    if tree.concrete(level) and not 0 <= level <= 1:
+    if violates(lambda x: (x >= 0) & (x <= 1), level):
         raise ValueError(f"level is {level}, and a share in [0, 1] was due")
     tree.check_like(grads, others, "other gradient")
 

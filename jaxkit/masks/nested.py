@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.masks.select import Mask, keep_where
 from jaxkit.masks.structured import UnitMask, units
 from jaxkit.trace.names import named, nearest, resolve
@@ -77,7 +78,7 @@ def prefix(
     """
     sizes = removable(params, list(keep), axes)
     for name, b in keep.items():
-        if tree.concrete(b) and not 1 <= b <= sizes[name]:
+        if violates(lambda b, n: (b >= 1) & (b <= n), b, sizes[name]):
             raise ValueError(f"axis {name!r}: {b} units are to stay, and 1 ... {sizes[name]} can")
     return {name: jnp.arange(sizes[name]) < b for name, b in keep.items()}
 

@@ -16,6 +16,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit._rank import decimal
 from jaxkit.trace.taps import taps
 
@@ -181,7 +182,7 @@ def mass(response: Float[Array, "*rows n"], r: float | Array | None) -> Bool[Arr
     """
     if r is None:
         return jnp.ones(np.shape(response), bool)
-    if tree.concrete(r) and not 0 < r <= 1:
+    if violates(lambda r: (r > 0) & (r <= 1), r):
         raise ValueError(f"the kept mass is {r}, and a number in (0, 1] is due")
     response = tree.float32(jax.lax.stop_gradient(response))
     order = jnp.argsort(-response, axis=-1)

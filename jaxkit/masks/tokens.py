@@ -21,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = [
     "Cache",
@@ -125,7 +126,7 @@ def visible(types: Int[Array, "*heads n"], window: int | Array = 4) -> Bool[Arra
 
 
 def _check_window(window: int | Array) -> None:
-    if tree.concrete(window) and window < 0:
+    if violates(lambda w: w >= 0, window):
         raise ValueError(f"window={window}: a number from 0 is due")
 
 

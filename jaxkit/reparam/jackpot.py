@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.masks.select import Mask
 from jaxkit.reparam.core import Reparam, Theta, matched
 from jaxkit.reparam.supermask import supermask
@@ -84,7 +85,7 @@ def swap(mask: Mask, theta: Theta, rho: float | Array = 1.0) -> Mask:
     >>> swap(mask, {"w": jnp.array([[0.1, 0.8, 0.9, 0.0]])})["w"].tolist()
     [[False, True, True, False]]
     """
-    if tree.concrete(rho) and not 0 <= rho <= 1:
+    if violates(lambda r: (r >= 0) & (r <= 1), rho):
         raise ValueError(f"rho is {rho}, and a share in [0, 1] was due")
     live, every = matched(mask, theta), dict.fromkeys(theta, True)
     scores = dict(theta)

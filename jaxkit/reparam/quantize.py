@@ -7,10 +7,16 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.reparam.supermask import straight_through
 from jaxkit.trace.taps import replay
 
 __all__ = ["fake_quantize", "quantized_inputs"]
+
+
+def _check_clips(low: Any, high: Any) -> None:
+    if violates(lambda low, high: low < high, low, high):
+        raise ValueError(f"the upper clip {high} is due above the lower one, {low}")
 
 
 def fake_quantize(
@@ -48,8 +54,7 @@ def fake_quantize(
     """
     if bits < 1:
         raise ValueError(f"bits={bits}, and 1 or more were due")
-    if tree.concrete(low, high) and not low < high:
-        raise ValueError(f"the upper clip {high} is due above the lower one, {low}")
+    _check_clips(low, high)
     dtype = x.dtype
     x = tree.float32(x)
     low, high = (jnp.asarray(clip, x.dtype) for clip in (low, high))
@@ -94,8 +99,7 @@ def quantized_inputs(
         return op.run(fake_quantize(x, low, high, bits), w)
 
     for low, high in clips.values():
-        if tree.concrete(low, high) and not low < high:
-            raise ValueError(f"the upper clip {high} is due above the lower one, {low}")
+        _check_clips(low, high)
     arrays = {
         path: tuple(jnp.asarray(c, jnp.float32) for c in clip) for path, clip in clips.items()
     }

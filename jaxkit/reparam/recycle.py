@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit._rank import decimal
 from jaxkit.init.rules import TreeInitializer
 from jaxkit.masks.select import Mask
@@ -45,7 +46,7 @@ def recycle(
     >>> recycle(params, theta, 0.25)["kernel"].tolist()
     [[2.0, 2.0], [3.0, 4.0]]
     """
-    if tree.concrete(fraction) and not 0 <= fraction <= 0.5:
+    if violates(lambda q: (q >= 0) & (q <= 0.5), fraction):
         raise ValueError(
             f"fraction is {fraction}, and a share in [0, 1/2] was due: above it, the weights that "
             "are copied would be copied over"
@@ -105,7 +106,7 @@ def iterand(
     >>> iterand(jax.random.key(0), zeros, params, mask, 1.0)["kernel"].tolist()
     [[1.0, 0.0]]
     """
-    if tree.concrete(rate) and not 0 <= rate <= 1:
+    if violates(lambda r: (r >= 0) & (r <= 1), rate):
         raise ValueError(f"rate is {rate}, and a probability was due")
     tree.check_like(params, mask, "mask")
     keys = tree.keys(key, params, "jaxkit.reparam.iterand")

@@ -12,10 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.masks.select import Mask, topk
 from jaxkit.reparam.core import Reparam, Theta, install, matched
 
@@ -96,7 +98,7 @@ def supermask(
             theta[path] = scores(keys[path], w.shape, dtype) if w.size else empty
         if tree.concrete(theta):
             for path, e in hard(jax.tree.map(soft, theta)).items():
-                if e.size and not jnp.any(e != 0):
+                if e.size and violates(np.any, e):
                     raise ValueError(
                         f"all {e.size} entries of {path!r} are masked at the start, and no "
                         "gradient would reach their scores again; start the scores on the other "
@@ -280,7 +282,7 @@ def signed_supermask(
     >>> jnp.unique(w).tolist()
     [-1.0, 0.0, 1.0]
     """
-    if tree.concrete(threshold) and not 0 <= threshold < 1:
+    if violates(lambda t: (t >= 0) & (t < 1), threshold):
         raise ValueError(
             f"threshold is {threshold}, and a share in [0, 1) of the largest start was due"
         )
@@ -352,7 +354,7 @@ def mask_tuning(
     >>> r.apply(r.init(jax.random.key(0), params), params)["kernel"].tolist()
     [[2.0, -3.0]]
     """
-    if tree.concrete(start, threshold) and not start > threshold:
+    if violates(lambda s, t: s > t, start, threshold):
         raise ValueError(f"start={start} is due above threshold={threshold}: all would be masked")
     constant = lambda key, shape, dtype: jnp.full(shape, start, dtype)
     hard = lambda z: {path: s > threshold for path, s in z.items()}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkit import reparam
+from jaxkit import losses, reparam, trace
 
 
 def closed_form(x, low, high, bits, g):
@@ -70,6 +70,40 @@ def test_inputs_of_a_model_and_their_clips_learn():
     assert all(g != 0 for g in jax.tree.leaves(slopes))
     better = jax.tree.map(lambda c, g: c - 0.01 * g / max(1, abs(g)), theta, slopes)
     assert loss(better) < loss(theta)
+
+
+def net(p, x):
+    return jnp.tanh(x @ p["w"]) @ p["v"]
+
+
+@pytest.mark.parametrize("clip", [(-4.0, 4.0), (np.float32(-4), np.float32(4))])
+def test_fixed_clips_go_under_jit_grad_and_taps_with_the_penalty(clip):
+    """The loss to train with, composed of both, is that written by hand; and so is its gradient."""
+    keys = jax.random.split(jax.random.key(0), 3)
+    shapes = {"w": (5, 6), "v": (6, 3)}
+    params = {k: jax.random.normal(key, shapes[k]) for k, key in zip(shapes, keys[:2], strict=True)}
+    x = jax.random.normal(keys[2], (9, 5))
+    quantized = reparam.quantized_inputs(net, {"w": clip, "v": (-0.9, 0.9)}, bits=5)
+    with_penalty = losses.kurtosis_penalty(quantized)
+
+    def by_hand(p, x):
+        first = reparam.fake_quantize(x, *clip, 5) @ p["w"]
+        out = reparam.fake_quantize(jnp.tanh(first), -0.9, 0.9, 5) @ p["v"]
+        return out, sum(losses.kurtosis(y).mean() for y in (first, out))
+
+    def total(fn):
+        def loss(p):
+            out, penalty = fn(p, x)
+            return jnp.square(out).mean() + 0.1 * penalty
+
+        return loss
+
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+    jax.tree.map(close, with_penalty(params, x), by_hand(params, x))
+    _, found = trace.taps(quantized)(params, x)
+    close(found["w"].input, reparam.fake_quantize(x, *clip, 5))
+    got, want = (jax.jit(jax.value_and_grad(total(fn)))(params) for fn in (with_penalty, by_hand))
+    jax.tree.map(close, got, want)
 
 
 def test_bad_input():
