@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = ["dropout_head"]
 
@@ -43,7 +44,7 @@ def dropout_head(
     >>> [round(float(v), 4) for v in w]  # 1 / (2 + 1) each
     [0.3333, 0.3333]
     """
-    if isinstance(rate, int | float) and not 0 <= rate < 1:
+    if violates(lambda p: (p >= 0) & (p < 1), rate):
         raise ValueError(f"rate={rate}, and the share to drop, in [0, 1), was due")
     x, y = tree.float32(x), tree.float32(y)
     second = x.T @ x / len(x)

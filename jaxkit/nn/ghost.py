@@ -75,7 +75,7 @@ def ghost_batch_norm(
         mix = lambda old, new: momentum * old + (1 - momentum) * new
         return jax.tree.map(mix, running, each), None
 
-    flat = lambda v: v.reshape(n // size, -1)
+    flat = lambda v: v.reshape(len(v), v.shape[-1])
     start = jax.tree.map(tree.float32, stats)
     stats, _ = jax.lax.scan(follow, start, GhostStats(flat(mean), flat(var)))
     return y.reshape(x.shape).astype(x.dtype), stats

@@ -174,9 +174,10 @@ ROWS = [
     ),
     Row(
         "nn.stochastic_depth",
-        lambda key, params, batch, n: nn.stochastic_depth(
-            key, lambda x: 2 * x + 1, batch, n, mode="row"
-        ),
+        lambda key, params, batch, n: [
+            nn.stochastic_depth(key, lambda x: 2 * x + 1, batch, n, mode="row"),
+            nn.stochastic_depth(key, lambda x: (x, x.mean(0)), batch, n, state=jnp.ones(2)),
+        ],
         number=0.5,
         random=True,
         shards=False,
