@@ -1,5 +1,6 @@
 """Penalties on activations: the kurtosis of what layers put out, and channels that stand out."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree
 
 from jaxkit import tree
-from jaxkit.trace.taps import taps
+from jaxkit.trace.taps import Tap, taps
 
 __all__ = ["kurtosis", "kurtosis_penalty", "outlier_channels"]
 
@@ -47,9 +48,14 @@ def kurtosis_penalty(
     """Return ``fn(params, *args) -> (apply_fn(params, *args), penalty)``.
 
     penalty = sum over layers of the mean `kurtosis` of the output of the layer's operation, each
-    token (the last axis) for itself; every use of a leaf that is shared counts. Add about 1e-5 of
-    it to the cross entropy, and sweep; against outlier channels, together with
+    token for itself: over all axes of the output that are the leaf's own, so over all heads
+    together. Slices of a leaf in a scan are layers, and every further use of a shared leaf counts;
+    but the iterations of a scan that share a leaf (time) are averaged, as tokens are. Add about
+    1e-5 of it to the cross entropy, and sweep; against outlier channels, together with
     `reparam.quantized_inputs`.
+
+    What comes out of a kernel's operation has no bias yet. The output of a bias is the sum: choose
+    the biases in place of their kernels, ``where="**/bias"``, to have it penalized.
 
     Args:
       apply_fn: ``apply_fn(params, *args)``.
@@ -72,31 +78,49 @@ def kurtosis_penalty(
 
     def with_penalty(params: PyTree, *args: Any) -> tuple[PyTree, Float[Array, ""]]:
         out, found = tapped(params, *args)
-        uses = [use for tap in found.values() for use in (tap, *tap.later)]
-        each = [kurtosis(use.output, eps=eps).mean() for use in uses]
-        return out, sum(each, jnp.zeros(()))
+        total = jnp.zeros(())
+        for path, leaf in tree.chosen(params, where).items():
+            for use in (found[path], *found[path].later) if path in found else ():
+                layers = math.prod(jnp.shape(leaf)[: jnp.ndim(leaf) - len(use.y_axes)])
+                total += layers * kurtosis(use.output, axis=_own(use), eps=eps).mean()
+        return out, total
 
     return with_penalty
 
 
+def _own(tap: Tap) -> tuple[int, ...]:
+    """Return the axes of the output that the leaf produces, or else those that it shares."""
+    pairs = [(x, y) for x, y in zip(tap.x_axes, tap.y_axes, strict=True) if y is not None]
+    produced = tuple(y for x, y in pairs if x is None)
+    return produced or tuple(y for _, y in pairs) or (-1,)
+
+
 def outlier_channels(
-    x: Float[Array, "... channels"], *, factor: float | Array = 6.0
-) -> Bool[Array, " channels"]:
+    x: Float[Array, "..."], *, axis: int | tuple[int, ...] = -1, factor: float | Array = 6.0
+) -> Bool[Array, "..."]:
     """Mark the channels whose mean magnitude is more than `factor` times the average channel's.
 
-    Channel c is an outlier if mean |x_c| > factor mean_c mean |x_c|. Count them in every layer::
+    Channel c is an outlier if mean |x_c| > factor mean_c mean |x_c|. Count them in what goes into
+    every layer::
 
         _, found = trace.taps(apply_fn)(params, batch)
-        counts = {path: outlier_channels(tap.input).sum() for path, tap in found.items()}
+        for path, tap in found.items():
+            axis = tuple(a for a in tap.x_axes if a is not None)  # (-2, -1) after attention heads
+            print(path, outlier_channels(tap.input, axis=axis).sum())
 
     Args:
-      x: activations, channels last.
+      x: activations. Layers that a scan has stacked are each for themselves (`vmap`).
+      axis: what the channels are; default: the last axis. The mean is over all others.
       factor: 6 by default; with n channels no more than n / factor can be outliers.
+
+    Returns:
+      True for outliers, in the shape of the channels.
 
     Reference: as for `kurtosis`.
 
     >>> outlier_channels(jnp.array([[1.0] * 9 + [-100.0]])).sum().item()
     1
     """
-    mean = jnp.abs(tree.float32(x)).mean(tuple(range(x.ndim - 1)))
+    channels = {a % x.ndim for a in (axis if isinstance(axis, tuple) else (axis,))}
+    mean = jnp.abs(tree.float32(x)).mean(tuple({*range(x.ndim)} - channels))
     return mean > factor * mean.mean()

@@ -58,6 +58,66 @@ def test_the_penalty_sums_over_layers_and_uses():
     np.testing.assert_allclose(one, losses.kurtosis(last).mean(), rtol=1e-5)
 
 
+def test_layers_of_a_scan_count_as_if_unrolled():
+    """Also by stages of layers, with one cell more that all layers share."""
+    keys = jax.random.split(KEY, 3)
+    stack = jax.random.normal(keys[0], (4, 5, 5)) ** 3
+    x = jax.random.normal(keys[1], (7, 5))
+    layer = lambda x, w: jnp.tanh(x @ w)
+    penalty = lambda fn, w: losses.kurtosis_penalty(fn, where="*")({"w": w}, x)[1]
+
+    def unrolled(p, x):
+        for i in range(4):
+            x = layer(x, p["w"][i])
+        return x
+
+    scan = lambda x, w: jax.lax.scan(lambda x, w: (layer(x, w), None), x, w)[0]
+    want = penalty(unrolled, stack)
+    np.testing.assert_allclose(penalty(lambda p, x: scan(x, p["w"]), stack), want, rtol=1e-5)
+    stages = lambda p, x: jax.lax.scan(lambda x, w: (scan(x, w), None), x, p["w"])[0]
+    np.testing.assert_allclose(penalty(stages, stack.reshape(2, 2, 5, 5)), want, rtol=1e-5)
+    # steps in time that share a leaf are tokens
+    tokens = lambda p, x: jax.lax.scan(lambda _, row: (0, layer(row, p["w"])), 0, x)[1]
+    np.testing.assert_allclose(
+        penalty(tokens, stack[0]), losses.kurtosis(x @ stack[0]).mean(), rtol=1e-5
+    )
+
+
+def test_the_vector_of_a_token_is_all_that_the_leaf_puts_out():
+    """Heads and their dimensions together, however the operation is written."""
+    w = jax.random.normal(KEY, (6, 3, 8)).at[:, 1].mul(30)
+    x = jax.random.normal(jax.random.key(1), (2, 5, 6))
+    flat = losses.kurtosis(x @ w.reshape(6, 24)).mean()
+    for einsum in ("bsd,dhn->bshn", "bsd,dhn->bhsn", "bsd,dhn->hnbs"):
+        fn = lambda p, x, einsum=einsum: jnp.einsum(einsum, x, p["kernel"])
+        _, penalty = losses.kurtosis_penalty(fn)({"kernel": w}, x)
+        np.testing.assert_allclose(penalty, flat, rtol=1e-5)
+    heads = losses.kurtosis(jnp.einsum("bsd,dhn->bshn", x, w)).mean()
+    assert flat > 2 * heads  # one head stands out, and within it none
+
+
+def test_what_a_bias_adds_is_seen_where_the_bias_is_chosen():
+    params = {"kernel": jax.random.normal(KEY, (5, 12)), "bias": jnp.zeros(12)}
+    apply_fn = lambda p, x: x @ p["kernel"] + p["bias"]
+    x = jax.random.normal(jax.random.key(1), (7, 5))
+    penalty = lambda p, where: losses.kurtosis_penalty(apply_fn, where=where)(p, x)[1]
+    np.testing.assert_allclose(penalty(params, "bias"), penalty(params, "kernel"), rtol=1e-5)
+    out = params | {"bias": jnp.zeros(12).at[3].set(100.0)}
+    np.testing.assert_allclose(penalty(out, "kernel"), penalty(params, "kernel"), rtol=1e-5)
+    np.testing.assert_allclose(
+        penalty(out, "bias"), losses.kurtosis(apply_fn(out, x)).mean(), rtol=1e-5
+    )
+    assert penalty(out, "bias") > 2 * penalty(params, "bias")
+
+
+def test_outlier_channels_of_heads_and_of_each_layer():
+    x = jax.random.normal(KEY, (4, 9, 2, 3, 8)).at[1, :, :, 2, 5].mul(80)  # layers, ..., heads
+    found = jax.vmap(lambda x: losses.outlier_channels(x, axis=(-2, -1)))(x)
+    assert found.shape == (4, 3, 8) and np.argwhere(found).tolist() == [[1, 2, 5]]
+    flat = losses.outlier_channels(x[1].reshape(9, 2, 24))
+    np.testing.assert_array_equal(flat.reshape(3, 8), found[1])
+
+
 def test_outlier_channels():
     x = jax.random.normal(KEY, (8, 30, 64)).at[..., 5].mul(50).at[..., 9].mul(-40)
     found = losses.outlier_channels(x)
