@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxkit.init import gauss
+from jaxkit.init.kernel import variance_map
 
 __all__ = [
     "Critical",
@@ -73,20 +74,22 @@ def _name(phi: gauss.Activation) -> str:
 
 
 def _at_zero(phi: gauss.Activation) -> tuple[float, float, float]:
-    """Return φ(0), φ'(0) and a₁ = φ'''/φ' + ¾ (φ''/φ')² there (NaN where φ has a kink at 0).
+    """Return φ(0), |φ'(0)| and E φ² / (q φ'(0)²) - 1 at a small q, φ'(0)² a mean of both sides.
 
-    Where a₁ is 0 (hard tanh), the sign of E φ² / (q φ'(0)²) - 1 at a small q stands for it.
+    The last is a₁ q for a smooth φ. Where φ'' jumps at 0 (ELU) it is of the order √q, where φ is
+    linear around 0 (hard tanh) less than any power: its sign is what counts, at the smallest q at
+    which it stands out from rounding. NaN where φ is flat at 0.
     """
-    x = np.array([-1e-7, 0.0, 1e-7])
-    values = gauss.evaluate(phi, x, 3)
-    first, second, third = values[1:, 1]
-    kinked = np.ptp(values[1]) > 1e-4 * max(1.0, abs(first))
-    if kinked or first == 0:
-        return float(values[0, 1]), float(first), math.nan
-    curvature = float(third / first + 0.75 * (second / first) ** 2)
-    if abs(curvature) < 1e-9:
-        curvature = gauss.moments(phi, 0.04, order=0).m2 / (0.04 * first**2) - 1
-    return float(values[0, 1]), float(first), curvature
+    values = gauss.evaluate(phi, np.array([-1e-10, 0.0, 1e-10]), 1)
+    left, at, right = values[1]
+    kinked = abs(right - left) > 1e-4 * max(1.0, abs(at))
+    slope = math.sqrt((left**2 + right**2) / 2) if kinked else abs(float(at))
+    growth = math.nan
+    for q in (1e-8, 1e-4, 0.04) if slope > 0 else ():
+        growth = gauss.moments(phi, q, order=0).m2 / (q * slope**2) - 1
+        if abs(growth) > 1e-9:
+            break
+    return float(values[0, 1]), slope, growth
 
 
 # -------------------------------------------------------------------------- edge of chaos
@@ -102,6 +105,24 @@ def _fixed_point_map(phi: gauss.Activation, q: float, sigma_b: float) -> float:
     return sigma_b**2 + m.m2 / m.d2
 
 
+def _check_stable(phi: gauss.Activation, point: Critical) -> None:
+    """Raise if the variance leaves the fixed point when σ_w and σ_b are held, at q = 0 from 1."""
+    sigma_b, sigma_w, q = point
+    parallel = lambda t: susceptibilities(phi, t, sigma_w=sigma_w).parallel
+    if q > 0:
+        leaves = [q] if abs(parallel(q)) > 1 + 1e-6 else []
+    else:
+        grows = lambda t: variance_map(phi, t, sigma_w=sigma_w) > t * (1 + 1e-6)
+        leaves = [t for t in np.geomspace(1, 1e-8, 28) if grows(t)]
+    if leaves:
+        raise ValueError(
+            f"{_name(phi)} has no stable edge of chaos at sigma_b = {sigma_b:g}: with sigma_w = "
+            f"{sigma_w:.6g} held, the variance leaves the fixed point q = {q:.4g} (chi_par = "
+            f"{parallel(leaves[0]):.6g} at {leaves[0]:.4g}, where 1 or less is due); the point "
+            f"with chi_par = chi_perp = 1 is that of criticality({_name(phi)})"
+        )
+
+
 def edge_of_chaos(phi: gauss.Activation, sigma_b: float = 0.0) -> Critical:
     """Return the edge of chaos at σ_b: q = σ_b² + σ_w² E φ(√q Z)² and χ₁ = σ_w² E φ'(√q Z)² = 1.
 
@@ -110,16 +131,21 @@ def edge_of_chaos(phi: gauss.Activation, sigma_b: float = 0.0) -> Critical:
     in the direction in which ``q <- σ_b² + E φ² / E φ'²`` moves. Smooth activations and a small σ_b
     keep correlations apart longest, see `correlation_rate`.
 
+    The point is stable: with σ_w and σ_b held, the variance goes to q. GELU, SiLU and Mish have a
+    stable one only from a σ_b on (about 0.42, 0.75 and 0.31): below it χ∥ > 1, and the variance
+    explodes from a q that is a little larger. `criticality` has that σ_b, where χ∥ = 1.
+
     Positively homogeneous activations (linear, ReLU, leaky) keep any q, and have the one point
-    σ_b = 0: q = 1 is returned. Where the fixed point is q = 0 (tanh at σ_b = 0) the limit
-    (σ_b, σ_w, q) = (0, 1/|φ'(0)|, 0) is returned.
+    σ_b = 0: q = 1 is returned. Where the fixed point is q = 0 (tanh, ELU or SELU at σ_b = 0), the
+    limit (0, 1/|φ'(0)|, 0) is returned; at a kink φ'(0)² is the mean of both sides.
 
     Raises:
-      ValueError: no fixed point below q = 1e6 (with the last q), σ_b > 0 for a homogeneous
-        activation, an activation that jumps (its χ₁ is infinite), or σ_b < 0.
+      ValueError: no fixed point below q = 1e6 (with the last q), one that is not stable (with χ∥),
+        σ_b > 0 for a homogeneous activation, an activation that jumps (its χ₁ is infinite), or
+        σ_b < 0.
 
     Reference: S. Hayou, A. Doucet, J. Rousseau, "On the Impact of the Activation Function on Deep
-    Neural Networks Training", arXiv:1902.06853.
+    Neural Networks Training", arXiv:1902.06853 (which does not ask for stability).
 
     >>> import jax
     >>> point = edge_of_chaos(jax.nn.relu)
@@ -139,7 +165,18 @@ def edge_of_chaos(phi: gauss.Activation, sigma_b: float = 0.0) -> Critical:
                 "layer; use sigma_b=0"
             )
         return Critical(0.0, 1 / math.sqrt((slopes[0] ** 2 + slopes[1] ** 2) / 2), 1.0)
-    excess = lambda log_q: _fixed_point_map(phi, math.exp(log_q), sigma_b) / math.exp(log_q) - 1
+    point = _fixed_point(phi, float(sigma_b))
+    _check_stable(phi, point)
+    return point
+
+
+def _fixed_point(phi: gauss.Activation, sigma_b: float) -> Critical:
+    """Return the first fixed point of `_fixed_point_map` on the way from q = 1."""
+
+    def excess(log_q):
+        value = _fixed_point_map(phi, math.exp(log_q), sigma_b) / math.exp(log_q) - 1
+        return value if abs(value) > 1e-12 else 0.0
+
     up = excess(0.0) > 0
     step = math.log(2.0) if up else -math.log(2.0)
     low, high = 0.0, step
@@ -152,15 +189,15 @@ def edge_of_chaos(phi: gauss.Activation, sigma_b: float = 0.0) -> Critical:
             )
         if math.exp(high) < 1e-6:
             value, slope, _ = _at_zero(phi)
-            if sigma_b == 0 and abs(value) < 1e-6 and slope != 0:
-                return Critical(0.0, 1 / abs(slope), 0.0)
+            if sigma_b == 0 and abs(value) < 1e-6 and slope > 0:
+                return Critical(0.0, 1 / slope, 0.0)
             if math.exp(high) < 1e-12:
                 raise ValueError(
                     f"{_name(phi)} has no edge of chaos at sigma_b = {sigma_b}: the variance "
                     f"vanishes (last q = {math.exp(low):.4g})"
                 )
     q = math.exp(gauss.root(excess, low, high))
-    return Critical(float(sigma_b), gauss.moments(phi, q, order=1).d2 ** -0.5, q)
+    return Critical(sigma_b, gauss.moments(phi, q, order=1).d2 ** -0.5, q)
 
 
 def correlation_rate(phi: gauss.Activation, q: float) -> float:
@@ -218,7 +255,9 @@ def criticality(phi: gauss.Activation) -> Critical:
 
     * scale-invariant (linear, ReLU, leaky): σ_b = 0, σ_w² = 2 / (a₊² + a₋²), any q (1 is returned);
     * K* = 0 (tanh, sin): φ(0) = 0, φ'(0) != 0 and a₁ = φ'''/φ' + ¾ (φ''/φ')² < 0 at 0: σ_b = 0,
-      σ_w = 1/|φ'(0)|, q = 0, approached as 1/(-a₁ l);
+      σ_w = 1/|φ'(0)|, q = 0, approached as 1/(-a₁ l). Where φ'' or φ' jumps at 0 (ELU, soft sign,
+      SELU, φ'(0)² being the mean of both sides) there is no a₁, and σ_w² E φ² < q at small q is
+      asked for: q falls as 1/l²;
     * half-stable (GELU, SiLU): q > 0 where χ∥ = χ⊥, found numerically on [1e-3, 1e3].
 
     Raises:
@@ -233,9 +272,9 @@ def criticality(phi: gauss.Activation) -> Critical:
     """
     if _slopes(phi) is not None:
         return edge_of_chaos(phi)
-    value, slope, curvature = _at_zero(phi)
-    if abs(value) < 1e-6 and curvature < -1e-9:
-        return Critical(0.0, 1 / abs(slope), 0.0)
+    value, slope, growth = _at_zero(phi)
+    if abs(value) < 1e-6 and growth < 0:
+        return Critical(0.0, 1 / slope, 0.0)
 
     def difference(log_q):
         parallel, perpendicular = susceptibilities(phi, math.exp(log_q))
@@ -254,7 +293,8 @@ def criticality(phi: gauss.Activation) -> Critical:
             found.append(f"at q = {q:.4g} it takes sigma_b**2 = {sigma_b2:.4g} < 0")
     raise ValueError(
         f"{_name(phi)} has no critical point: it is not scale-invariant; "
-        f"K* = 0 takes phi(0) = 0 and a_1 < 0, and phi(0) = {value:.4g}, a_1 = {curvature:.4g}; "
+        f"K* = 0 takes phi(0) = 0 and E phi**2 < q phi'(0)**2 at small q, and phi(0) = "
+        f"{value:.4g}, E phi**2 / (q phi'(0)**2) - 1 = {growth:.4g}; "
         "half-stable takes chi_par = chi_perp at some q > 0 with sigma_b**2 >= 0, and "
         + ("; ".join(found) or "there is no such q")
     )

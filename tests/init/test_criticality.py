@@ -48,7 +48,7 @@ def test_edge_of_chaos_of_homogeneous_activations():
         (jnp.tanh, 0.1, 0.2733, 1.1934, 16.64),
         (jnp.tanh, 0.2, 0.5121, 1.3042, 7.08),
         (jnp.tanh, 0.3, 0.7635, 1.3956, 4.28),
-        (jax.nn.silu, 0.2, 0.6895, 1.6795, None),
+        (jax.nn.silu, 1.0, 39.39459, 1.40251, None),
         (jax.nn.elu, 0.2, 1.1069, 1.2293, None),
     ],
 )
@@ -77,6 +77,60 @@ def test_no_edge_of_chaos():
         correlation_rate(lambda x: 2 * x, 1.0)
     with pytest.raises(ValueError, match="sigma_b >= 0"):
         edge_of_chaos(jnp.tanh, -0.1)
+
+
+def settled(phi, point, start, layers=3000):
+    """The variance after many layers with the weights held, by a sum over a grid in float64."""
+    z = np.linspace(-9, 9, 2001)
+    weights = np.exp(-(z**2) / 2) / np.exp(-(z**2) / 2).sum()
+
+    def layer(q, _):
+        return point[0] ** 2 + point[1] ** 2 * (weights @ phi(jnp.sqrt(q) * z) ** 2), None
+
+    with jax.enable_x64(True):
+        return float(jax.jit(lambda q: jax.lax.scan(layer, q, length=layers)[0])(start))
+
+
+@pytest.mark.parametrize(
+    ("phi", "sigma_b"),
+    [
+        *[(phi, sigma_b) for phi in (jnp.tanh, jnp.sin, jax.nn.elu) for sigma_b in (0.0, 0.1, 0.5)],
+        *[(phi, sigma_b) for phi in (jax.nn.selu, jax.nn.soft_sign) for sigma_b in (0.0, 0.2)],
+        *[(jax.nn.hard_tanh, 0.0), (jax.nn.relu6, 0.1), (lambda x: jnp.exp(-(x**2)), 0.3)],
+        *[(jax.nn.gelu, 0.45), (jax.nn.silu, 0.8), (jax.nn.mish, 0.35), (jax.nn.sigmoid, 1.0)],
+    ],
+)
+def test_the_variance_settles_at_the_edge_of_chaos(phi, sigma_b):
+    point = edge_of_chaos(phi, sigma_b)
+    if point.q > 0:
+        for start in (1.0, 1.3 * point.q):
+            assert settled(phi, point, start) == pytest.approx(point.q, rel=1e-2)
+    else:
+        assert settled(phi, point, 1.0) < 0.1
+
+
+@pytest.mark.parametrize("phi", [jax.nn.gelu, jax.nn.silu, jax.nn.mish, jax.nn.hard_swish])
+def test_no_stable_edge_of_chaos_below_the_critical_point(phi):
+    at = criticality(phi)
+    np.testing.assert_allclose(edge_of_chaos(phi, 1.001 * at.sigma_b), at, rtol=0.01)
+    for sigma_b in (0.0, 0.1, 0.999 * at.sigma_b):
+        with pytest.raises(ValueError, match=r"no stable edge .*chi_par = 1\.\d+ .*criticality\("):
+            edge_of_chaos(phi, sigma_b)
+    # what such a point does: the fixed points of the textbooks at sigma_b = 0 and 0.2
+    assert settled(phi, (0.0, 1 / abs(float(jax.grad(phi)(0.0)))), 1.0, layers=60) > 1e4
+    with pytest.raises(ValueError, match="no stable edge"):  # stable near 0, but not up to 1
+        edge_of_chaos(lambda x: x - x**3 + x**5)
+
+
+def test_the_slope_at_a_kink_is_that_of_both_sides():
+    left, right = 1.7580993408473766, 1.0507009873554805
+    expected = 1 / math.sqrt((left**2 + right**2) / 2)
+    for point in (edge_of_chaos(jax.nn.selu), criticality(jax.nn.selu)):
+        np.testing.assert_allclose(point, (0.0, expected, 0.0), rtol=1e-8)
+    tiny = moments(jax.nn.selu, 1e-14, order=1)  # the limit that it is
+    np.testing.assert_allclose(tiny.d2**-0.5, expected, rtol=1e-6)
+    with pytest.raises(ValueError, match="vanishes"):
+        edge_of_chaos(lambda x: jnp.tanh(x**2))
 
 
 # ------------------------------------------------------------------------ correlation map
@@ -192,8 +246,10 @@ def test_gradients_grow_by_chi_a_layer(sigma_w):
 
 def test_universality_classes():
     np.testing.assert_allclose(criticality(jax.nn.relu)[:2], (0, ROOT))
-    for phi in (jnp.tanh, jnp.sin, jax.nn.hard_tanh):
+    for phi in (jnp.tanh, jnp.sin, jax.nn.hard_tanh, jax.nn.elu, jax.nn.soft_sign):
         assert criticality(phi) == (0.0, 1.0, 0.0)
+        near = susceptibilities(phi, 1e-8)  # the limit that the point stands for
+        np.testing.assert_allclose(near, (1, 1), rtol=1e-3)
     np.testing.assert_allclose(criticality(lambda x: jnp.tanh(2 * x)).sigma_w, 0.5)
 
 
@@ -348,9 +404,12 @@ def test_tangent_kernels_of_orthogonal_networks_saturate():
         k = jax.jit(jax.vmap(tangent))(jax.random.split(jax.random.key(0), 400))
         return float(k.std() / k.mean())
 
-    isometric = spread(orthogonal(), 40) / spread(orthogonal(), 20)
-    gaussian = spread(normal(1.0), 40) / spread(normal(1.0), 20)
-    assert isometric < 1.0 < 1.1 < gaussian
+    isometric = np.array([spread(orthogonal(), depth) for depth in (20, 40)])
+    gaussian = np.array([spread(normal(1.0), depth) for depth in (20, 40)])
+    # 0.105 and 0.08, up to 7 % or so each: bounded, a seventh of that of Gaussian weights and less
+    assert 0.6 < isometric[1] / isometric[0] < 1.0 < 1.1 < gaussian[1] / gaussian[0]
+    assert isometric.max() < 0.13
+    assert gaussian[0] > 6 * isometric[0] and gaussian[1] > 10 * isometric[1]
 
 
 # --------------------------------------------------------------------- initial guessing bias
