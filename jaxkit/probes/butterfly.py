@@ -90,8 +90,8 @@ def perturb(
         push = {path: tree.float32(given[path]) for path in chosen}
     size = jnp.sqrt(sum((stds[path] ** 2 * w.size for path, w in chosen.items()), jnp.float32(0)))
     norm = optax.tree.norm(push)
-    if chosen and tree.concrete(size, norm) and (size == 0 or norm == 0):
-        raise ValueError("the std or the direction is zero everywhere: there is no push")
+    if chosen and tree.concrete(size, norm) and not 0 < size * norm < jnp.inf:
+        raise ValueError("the std or the direction is zero everywhere, infinite or NaN: no push")
     kept: Any = dict.fromkeys(chosen, True)
     total = sum(w.size for w in chosen.values())
     if chosen and not (tree.concrete(fraction) and fraction == 1):

@@ -214,7 +214,8 @@ def _mean_input(tap: trace.Tap) -> Array:
 
 def _best_q(sums: Array, squares: Array, p: float, eta: Any, gamma: float, stop: float) -> Array:
     phi = 0.5 if p == 0.5 else (1 - 2 * p) / math.log((1 - p) / p)
-    qs = jnp.asarray(np.arange(round((1 - p) * 1000), 999) * 0.001, jnp.float32)
+    grid = np.arange(max(round((1 - p) * 1000), 1), 999) * 0.001
+    qs = jnp.asarray(grid if len(grid) else [1 - p], jnp.float32)
     linear = eta * (1 - (1 - p) / qs) * sums[:, None]
     square = eta**2 * phi * squares[:, None] / (4 * qs**2)
     values = jnp.abs(linear + square + math.log(2 / (1 - gamma)))

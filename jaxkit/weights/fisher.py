@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
-from jaxkit.weights.merge import Method, Models, combine
+from jaxkit.weights.merge import Deltas, Method, Models, combine
 
 __all__ = ["fisher", "fisher_average"]
 
@@ -44,10 +44,11 @@ def fisher(
       axis_name: average over this axis of pmap or shard_map (the draws of "sample" fold it in).
 
     Returns:
-      A tree like params of float32, at least 0; what is no float leaf passes through.
+      A tree like params of float32 (or wider), at least 0; what is no float leaf passes through.
 
     Raises:
-      ValueError: `labels` of another name, no key for "sample", logits of another shape.
+      ValueError: `labels` of another name, no key for "sample", an empty batch, logits of another
+        shape.
       TypeError: a legacy uint32 key.
 
     References: M. S. Matena, C. Raffel, "Merging Models with Fisher-Weighted Averaging",
@@ -63,6 +64,8 @@ def fisher(
         raise ValueError(f"labels={labels!r}; 'exact', 'sample' or 'empirical' was due")
     inputs, y = batch if labels == "empirical" else (batch, None)
     n = len(jax.tree.leaves(inputs)[0])
+    if not n:
+        raise ValueError("the batch is empty")
     keys = None
     if labels == "sample":
         if key is None:
@@ -78,19 +81,19 @@ def fisher(
         logits = apply_fn(jax.tree.unflatten(structure, full), jax.tree.map(lambda a: a[None], x))
         if logits.ndim != 2 or len(logits) != 1:
             raise ValueError(f"one row of logits an example was due, and {logits.shape} came for 1")
-        return jax.nn.log_softmax(logits[0].astype(jnp.float32))
+        return jax.nn.log_softmax(tree.float32(logits[0]))
 
     def add(total: list, example: Any) -> tuple[list, None]:
         x, y, key = example
         out, pull = jax.vjp(lambda f: log_p(f, x), floats)
         square = lambda g: jnp.square(tree.float32(g))
         if labels == "exact":
-            rows = jax.vmap(pull)(jnp.eye(len(out)))[0]
+            rows = jax.vmap(pull)(jnp.eye(len(out), dtype=out.dtype))[0]
             new = jax.tree.map(lambda g: jnp.tensordot(jnp.exp(out), square(g), 1), rows)
         else:
             label = jax.random.categorical(key, out) if labels == "sample" else y
-            new = jax.tree.map(square, pull(jax.nn.one_hot(label, len(out)))[0])
-        return jax.tree.map(jnp.add, total, new), None
+            new = jax.tree.map(square, pull(jax.nn.one_hot(label, len(out), dtype=out.dtype))[0])
+        return jax.tree.map(lambda t, f: t + f.astype(t.dtype), total, new), None
 
     zeros = jax.tree.map(lambda w: jnp.zeros_like(tree.float32(w)), floats)
     total, _ = lax.scan(add, zeros, (inputs, y, keys))
@@ -113,21 +116,22 @@ def fisher_average(
 
     .. math:: \theta = \sum_i \frac{l_i}{n_i} F_i \theta_i \Big/ \sum_i \frac{l_i}{n_i} F_i
 
-    Leaf by leaf, with and without a base. Merge the bodies by ``where``, with the target's model
-    first: without a base the head is the first model's.
+    With and without a base. Merge the bodies by ``where``, with the target's model first: without a
+    base the head is the first model's. Heads may have other shapes, and their Fishers do not count.
 
     Args:
       fishers: what `fisher` gives for each model, in their order: a list, or a stacked tree.
       weights: l_i, one number a model; equal by default. The paper tries 51 of them on the line
         between two models, and takes the best on validation data.
-      normalize: n_i is the norm of the whole F_i; else 1.
+      normalize: n_i is the norm of F_i over all leaves that are merged; else 1.
       floor: F is at least this, before l_i / n_i; for the first model only if `favor_first`, so
-        that where no model has information, the first one's value stays, exactly. 0 is no floor.
+        that where no model has information, the first one's value stays, exactly (and so it does
+        where l_1 is 0 and the others know nothing). 0 is no floor.
 
     Raises:
-      ValueError: Fishers that are negative, NaN or all zero (if they are known); entries at which
-        the coefficients of all models are 0 (0 / 0, if known; under jit they become 0); (when
-        merging) Fishers that do not fit the leaf.
+      ValueError: (when merging) Fishers that do not fit a leaf, that are negative, infinite, NaN
+        or all zero (if they are known); entries at which the coefficients of all models are 0
+        (0 / 0, if known; under jit they become 0).
 
     Reference: M. S. Matena, C. Raffel, "Merging Models with Fisher-Weighted Averaging",
     arXiv:2111.09832.
@@ -139,45 +143,52 @@ def fisher_average(
     >>> weights.merge(None, models, method)["w"].tolist()
     [2.0, 2.0]
     """
-    if type(fishers) in (list, tuple):
-        flats = [tree.flatten(f) for f in fishers]
-        lost = [(i, p) for i, f in enumerate(flats) for p in {*flats[0]} ^ {*f}]
-        if lost:
-            raise ValueError(f"the Fishers of models 0 and {lost[0][0]} differ in {lost[0][1]!r}")
-        stacks = {
-            p: jnp.stack([f[p] for f in flats]) for p, x in flats[0].items() if tree.is_inexact(x)
-        }
-    else:
-        stacks = {p: x for p, x in tree.flatten(fishers).items() if tree.is_inexact(x)}
-    stacks = {p: tree.float32(x) for p, x in stacks.items()}
-    n = {path: len(x) for path, x in stacks.items()}
-    for path, x in stacks.items():
-        fine = (x >= 0).all()
-        if tree.concrete(fine) and not fine:
-            raise ValueError(f"the Fisher of {path!r} has entries that are negative or NaN")
-    squares = [jnp.square(x).sum(tuple(range(1, x.ndim))) for x in stacks.values()]
-    norms = (
-        jnp.sqrt(sum(squares)) if normalize and squares else jnp.ones(max(n.values(), default=1))
-    )
-    none = norms == 0
-    if tree.concrete(none) and none.any():
-        raise ValueError(f"the Fisher of model {int(none.argmax())} is all zero")
-    ratio = (1 if weights is None else jnp.asarray(weights)) / jnp.where(norms > 0, norms, 1)
+    stacked = type(fishers) not in (list, tuple)
+    flats = [tree.flatten(f) for f in ([fishers] if stacked else fishers)]
 
-    def weigh(path: str, deltas: Array, aux: Any) -> Array:
-        if path not in stacks or stacks[path].shape != deltas.shape:
-            came = "none" if path not in stacks else f"one of {stacks[path].shape}"
-            raise ValueError(
-                f"a Fisher of {path!r} of shape {deltas.shape} is due, and {came} came"
-            )
-        f = stacks[path]
-        first = (jnp.arange(len(f)) == 0) | (not favor_first)
-        least = jnp.where(first, floor, 0.0)
-        over = lambda c: c.reshape(c.shape + (1,) * (f.ndim - 1))
-        c = over(ratio) * jnp.maximum(f, over(least))
-        empty = (c.sum(0) == 0).any()
-        if tree.concrete(empty) and empty:
+    def at(path: str, deltas: Array) -> Array:
+        """Return the Fishers of all models at a leaf."""
+        shape = deltas.shape if stacked else deltas.shape[1:]
+        for i, flat in enumerate(flats):
+            if path not in flat or jnp.shape(flat[path]) != shape:
+                came = f"one of {jnp.shape(flat[path])}" if path in flat else "none"
+                whose = "all models" if stacked else f"model {i}"
+                raise ValueError(
+                    f"a Fisher of {path!r} of shape {shape} is due for {whose}, and {came} came"
+                )
+        if not stacked and len(flats) != len(deltas):
+            raise ValueError(f"there are {len(flats)} Fishers for {len(deltas)} models")
+        found = flats[0][path] if stacked else jnp.stack([flat[path] for flat in flats])
+        return tree.float32(jnp.asarray(found))
+
+    def shares(deltas: Deltas) -> dict[str, Array]:
+        """Return l_i / n_i, with the norms of what is merged."""
+        squares = []
+        for path, d in deltas.items():
+            f = at(path, d)
+            fine = (jnp.isfinite(f) & (f >= 0)).all()
+            if tree.concrete(fine) and not fine:
+                raise ValueError(
+                    f"the Fisher of {path!r} has entries that are negative, infinite or NaN"
+                )
+            squares.append(jnp.square(f).sum(tuple(range(1, f.ndim))))
+        norms = jnp.sqrt(sum(squares)) if normalize and squares else jnp.ones(())
+        none = norms == 0
+        if tree.concrete(none) and none.any():
+            raise ValueError(f"the Fisher of model {int(none.argmax())} is all zero")
+        share = (1 if weights is None else jnp.asarray(weights)) / jnp.where(norms > 0, norms, 1)
+        return dict.fromkeys(deltas, share)
+
+    def weigh(path: str, deltas: Array, share: Array) -> Array:
+        f = at(path, deltas)
+        over = lambda c: jnp.broadcast_to(c, len(f)).reshape(-1, *(1,) * (f.ndim - 1))
+        first = over(jnp.arange(len(f)) == 0)
+        c = over(share) * jnp.maximum(f, jnp.where(first | (not favor_first), floor, 0.0))
+        empty = c.sum(0) == 0
+        if favor_first and floor:
+            c = jnp.where(empty, first, c)
+        elif tree.concrete(empty) and empty.any():
             raise ValueError(f"no model has information on some entries of {path!r}: give a floor")
         return combine(deltas, c)
 
-    return Method(weigh, needs_base=False)
+    return Method(weigh, shares, needs_base=False)

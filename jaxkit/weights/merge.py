@@ -37,15 +37,16 @@ class Method(NamedTuple):
         together (one threshold for the whole tree); what it returns for a leaf is a few numbers.
       needs_base: the method is about deltas to a base, and means nothing without one.
       steps: what `combine` does first, to the deltas of each model for itself: `Window`, `Drop`.
-      blend: what `combine` does after the steps, if that looks at one entry at a time; else None.
-        With these two a merge can stream, model by model and piece by piece (`merge_files`).
+      blend: ``blend(deltas) -> merged``, what `combine` does after the steps, if it looks at one
+        entry at a time and does the same at every leaf; else None. With these two a merge can
+        stream, model by model and piece by piece (`merge_files`).
     """
 
     combine: Callable[[str, Array, Any], Array]
     prepare: Callable[[Deltas], dict[str, Any]] | None = None
     needs_base: bool = True
     steps: tuple[Any, ...] = ()
-    blend: Callable[[str, Array, Any], Array] | None = None
+    blend: Callable[[Array], Array] | None = None
 
 
 def combine(

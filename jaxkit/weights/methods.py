@@ -24,19 +24,22 @@ __all__ = [
 ]
 
 
-def given(weights: Weights) -> Callable[[str, Array], Array]:
-    """Return ``(path, deltas) -> coefficients`` of what a caller gave."""
+def given(weights: Weights) -> Callable[[str, Array], Any]:
+    """Return ``(path, deltas) -> coefficients`` of what a caller gave, known ones as numpy's."""
     if weights is None:
-        return lambda path, deltas: jnp.ones(len(deltas))
+        return lambda path, deltas: np.ones(len(deltas), np.float32)
     shared = _shared(weights)
     each = {} if shared else tree.flatten(weights)
 
-    def of(path: str, deltas: Array) -> Array:
+    def of(path: str, deltas: Array) -> Any:
         if not shared and path not in each:
             raise ValueError(f"weights has nothing for {path!r}")
-        c = jnp.asarray(weights if shared else each[path])
+        c = weights if shared else each[path]
+        dtype = jnp.finfo(deltas.dtype).dtype
+        c = np.asarray(c, dtype) if tree.concrete(c) else jnp.asarray(c, dtype)
         if c.shape[:1] != deltas.shape[:1]:
-            raise ValueError(f"weights of shape {c.shape} for the {len(deltas)} models of {path!r}")
+            leaf = "" if shared else f" of {path!r}"
+            raise ValueError(f"weights of shape {c.shape} for {len(deltas)} models{leaf}")
         return c
 
     return of
@@ -45,6 +48,13 @@ def given(weights: Weights) -> Callable[[str, Array], Array]:
 def _shared(weights: Weights) -> bool:
     """Tell whether all leaves have the same weights."""
     return weights is None or isinstance(weights, list | tuple | np.ndarray | jax.Array)
+
+
+def _everywhere(
+    combine: Callable[[str, Array, Any], Array], weights: Weights
+) -> Callable[[Array], Array] | None:
+    """Return what is the same at every leaf, unless the weights are those of leaves."""
+    return (lambda deltas: combine("", deltas, None)) if _shared(weights) else None
 
 
 def average(weights: Weights = None, *, normalize: bool = True) -> Method:
@@ -87,10 +97,11 @@ def average(weights: Weights = None, *, normalize: bool = True) -> Method:
         c = coefficients(path, deltas)
         empty = (c.sum(0) == 0).any()
         if normalize and tree.concrete(empty) and empty:
-            raise ValueError(f"the weights of {path!r} sum to 0")
+            leaf = "" if _shared(weights) else f" of {path!r}"
+            raise ValueError(f"the weights{leaf} sum to 0")
         return combine(deltas, c, normalize=normalize)
 
-    return Method(weighted, needs_base=False, blend=weighted if _shared(weights) else None)
+    return Method(weighted, needs_base=False, blend=_everywhere(weighted, weights))
 
 
 def task_arithmetic(weights: Weights = None) -> Method:
@@ -170,7 +181,7 @@ def ties(
         return combine(deltas, jnp.where(agree, c, 0), normalize=reduce == "mean")
 
     trimmed = not (isinstance(sparsity, int | float) and sparsity == 0)
-    method = Method(elect, blend=elect if _shared(weights) else None)
+    method = Method(elect, blend=_everywhere(elect, weights))
     return after(window(sparsity, 0.0, scope), method) if trimmed else method
 
 
@@ -217,7 +228,8 @@ def dare(
     single = q is None or jax.tree.structure(q) == jax.tree.structure(0)
     each = {} if single else tree.flatten(q)
     for path, number in each.items() if each else [("", q)]:
-        if isinstance(number, int | float) and not 0 < number <= 1:
+        known = None if number is None or not tree.concrete(number) else np.asarray(number)
+        if known is not None and not ((known > 0) & (known <= 1)).all():
             raise ValueError(
                 f"q{f' of {path!r}' if path else ''} is {number}; due is one in (0, 1]"
             )

@@ -55,8 +55,9 @@ def running_mean(
     def update(bit: bool, m: Any, w: Any) -> Any:
         if not tree.is_array(m):
             return m
-        if not bit:
-            return jnp.where(first, w, m).astype(m.dtype)
+        if not bit or not tree.is_inexact(m):
+            out = jnp.where(first, w, m)
+            return out.astype(m.dtype) if tree.is_inexact(m) else out
         wide = tree.float32(m)
         step = (tree.float32(w) - wide) / (count + 1)
         return jnp.where(first, tree.float32(w), wide + step).astype(m.dtype)
@@ -81,7 +82,8 @@ def greedy_soup(
     One pass over the models sorted by their value (equal ones in the order of the list): the soup
     with the next model is kept if its value is above that of the soup. So its value is never below
     that of the best model. `evaluate` is called 2 N - 1 times for N models, and one soup is held in
-    memory beside them, in float32.
+    memory beside them, in float32. Models of several initializations lose by every average: look
+    at `probes.barrier` between two of them, and `align` them first.
 
     Args:
       evaluate: ``params -> value``, larger is better: accuracy on held-out data, the same at every

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, PRNGKeyArray
 
@@ -73,7 +74,7 @@ def scoped(
 ) -> tuple[Callable[[str, Array, Any], Array], Callable[[Deltas], dict[str, Any]] | None]:
     """Return (combine, prepare) of what is measured over the whole tree, or leaf by leaf."""
     if scope == "tree":
-        return use, lambda deltas: dict.fromkeys(deltas, measure(deltas))
+        return use, lambda deltas: dict.fromkeys(deltas, measure(deltas)) if deltas else {}
     if scope == "leaf":
         return lambda path, d, aux: use(path, d, measure({path: d})), None
     raise ValueError(f"scope={scope!r}; 'tree' or 'leaf' was due")
@@ -81,7 +82,10 @@ def scoped(
 
 def check_share(name: str, value: Any, *, top: bool = False) -> None:
     """Raise unless a known number is in [0, 1), or [0, 1] with `top`."""
-    if isinstance(value, int | float) and not (0 <= value < 1 or (top and value == 1)):
+    if not tree.concrete(value):
+        return
+    x = np.asarray(value)
+    if not ((x >= 0) & ((x < 1) | (top & (x == 1)))).all():
         raise ValueError(f"{name} is {value}, and a number in [0, 1{']' if top else ')'} was due")
 
 
@@ -130,7 +134,8 @@ def window(sparsity: float | Array, outliers: float | Array = 0.0, scope: Scope 
             axis = _axis(path, scope, deltas.ndim - 1)
             x = jnp.moveaxis(x, axis + 1, -1)
             start, stop = counts(x.shape[-1])
-            if above and tree.concrete(start.lo) and not start.lo:
+            known = isinstance(outliers, int | float)
+            if above and known and not round(rank.decimal(outliers) * x.shape[-1]):
                 warnings.warn(
                     f"{path!r}: no outlier is removed from lines of {x.shape[-1]} entries",
                     stacklevel=2,

@@ -72,6 +72,8 @@ def _plan(opened: list[Opened], based: bool, rules: Sequence[Rule]) -> list[Task
     for rule in rules:
         if rule.method is not None and not based and rule.method.needs_base:
             raise ValueError(f"method {rule.name!r} is about deltas to a base, and none was given")
+        if rule.method is not None and not based and rule.scale != 1:
+            raise ValueError("scale multiplies deltas to a base, and there is no base")
         if rule.method is not None and not _streams(rule.method):
             raise ValueError(
                 f"method {rule.name!r} looks at all leaves together and cannot stream: load the "
@@ -308,7 +310,7 @@ def _streams(method: Method) -> bool:
 
 def _program(models: int, blend: Callable[..., Any], wide: np.dtype) -> Callable[..., Any]:
     """Return the compiled program that combines a piece: (models, piece), the base, the scale."""
-    program = jax.jit(lambda stack, origin, scale: origin + scale * blend("", stack, None))
+    program = jax.jit(lambda stack, origin, scale: origin + scale * blend(stack))
     # at once, lest two threads should compile it
     program(np.zeros((models, _PIECE), wide), np.zeros(_PIECE, wide), wide.type(0))
     return program
@@ -323,7 +325,10 @@ def _merger(
     ranks: list[Any] = [None] * deltas.models
     if method.steps and isinstance(method.steps[0], Window) and method.steps[0].scope == "tree":
         ranks = _tree_ranks(method.steps[0], deltas, own)
-    whole = jax.jit(lambda stack, origin, scale: origin + scale * method.combine("", stack, None))
+    whole = jax.jit(
+        lambda path, stack, origin, scale: origin + scale * method.combine(path, stack, None),
+        static_argnums=0,
+    )
 
     def merged(task: Task) -> np.ndarray:
         shape, dtype, n = task.leaf.shape, task.leaf.dtype, math.prod(task.leaf.shape)
@@ -332,7 +337,7 @@ def _merger(
         if method.blend is None:
             stack = np.stack([x(slice(0, n)).reshape(shape) for x in vectors])
             origin = arrays[0].reshape(shape).astype(wide) if deltas.based else wide.type(0)
-            return np.asarray(whole(stack, origin, scale)).astype(dtype)
+            return np.asarray(whole(task.path, stack, origin, scale)).astype(dtype)
         blend = program(method.blend, wide)
         for step in method.steps:
             vectors = [_step(step, task, i, x, deltas, ranks[i]) for i, x in enumerate(vectors)]

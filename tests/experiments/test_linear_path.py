@@ -49,6 +49,19 @@ def test_pushes_are_later_smaller_and_none_without_size(rows):
     assert distance(linear_path.pushes(rows, SETTINGS.sigma, single=True)[0]) > 0
 
 
+@pytest.mark.slow
+def test_a_push_leads_to_another_basin_early_and_not_late():
+    """At a rate of 0.1 a network may diverge, by rounding alone; here all are trained."""
+    settings = replace(
+        linear_path.Settings(), widths=(), push_times=(0, 400), between=11, lr=0.08
+    )  # fmt: skip
+    found = linear_path.pushes(all_rows(linear_path.run(settings, None)), settings.sigma)
+    ends = [row["none"]["loss"][i] for rows in found.values() for row in rows for i in (0, -1)]
+    assert max(ends) < 1e-3
+    early, late = (np.mean([row["none"]["barrier"] for row in found[t]]) for t in (0, 400))
+    assert early > 100 * late and early > 1e-4
+
+
 def test_claims_can_fail(rows):
     failed = deepcopy(rows)
     for row in failed:

@@ -178,7 +178,9 @@ def test_bad_input_is_named():
         pushed(sigma=-1.0)
     with pytest.raises(ValueError, match="fraction=2"):
         pushed(sigma=1.0, fraction=2.0)
-    with pytest.raises(ValueError, match="there is no push"):
+    with pytest.raises(ValueError, match="zero everywhere, infinite or NaN: no push"):
         pushed(sigma=1.0, direction=jax.tree.map(jnp.zeros_like, A))
+    with pytest.raises(ValueError, match="zero everywhere, infinite or NaN: no push"):
+        probes.perturb(KEY, A, 1.0, std=jax.tree.map(lambda _: jnp.nan, A))
     with pytest.raises(ValueError, match="std has not the structure"):
         probes.perturb(KEY, A, 1.0, std=1.0)

@@ -127,6 +127,17 @@ def test_analytic_q_is_the_published_sweep_of_every_kernel(p):
     assert set(np.round(left, 3).ravel()) == {0.0, np.round(np.float32(1 / q["l1"]["kernel"]), 3)}
 
 
+@pytest.mark.parametrize("p", [5e-4, 1e-3, 0.9992])
+def test_analytic_q_at_the_ends_of_the_grid(p):
+    q = weights.analytic_q(apply_fn, BASE, MODEL, X, drop_rate=p)
+    assert all(1 - p - 1e-6 <= x <= 1 for x in jax.tree.leaves(q))
+    c = np.asarray((MODEL["l1"]["kernel"] - BASE["l1"]["kernel"]).T, float)
+    if p == 0.9992:
+        h = jnp.tanh(X @ MODEL["l0"]["kernel"] + MODEL["l0"]["bias"])
+        want = published(c * np.asarray(h.mean(0)), 0.999)  # the same grid, without 0
+        assert float(q["l1"]["kernel"]) == pytest.approx(want, abs=5e-3)
+
+
 def test_analytic_q_of_a_flax_model_with_attention_and_norm():
     """A kernel (embed, heads, size) has its bias (heads, size); the other leaves the mean."""
 

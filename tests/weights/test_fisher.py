@@ -159,11 +159,27 @@ def test_a_line_of_weights_is_one_program():
     close(jax.tree.map(lambda x: x[-1], run), MODELS[1], 0)
 
 
+def test_where_the_only_weighted_model_knows_nothing_the_first_one_stays():
+    blind = [FISHERS[0], FISHERS[1] | {"a": FISHERS[1]["a"].at[0].set(0)}]
+    for run in (merge, jax.jit(merge)):
+        got = run(blind, jnp.array([0.0, 1.0]))
+        np.testing.assert_array_equal(got["a"][0], MODELS[0]["a"][0])
+        np.testing.assert_array_equal(got["a"][1], MODELS[1]["a"][1])
+
+
 def test_the_head_is_the_first_models():
     method = weights.fisher_average(FISHERS)
     got = weights.merge(None, MODELS, method, where="a")
     assert got["b"] is MODELS[0]["b"]
-    close(got["a"], merge(FISHERS)["a"], 0)
+    bodies = [{"a": tree["a"]} for tree in MODELS + FISHERS]
+    close(got["a"], merge(bodies[2:], models=bodies[:2])["a"], 0)
+    larger = [FISHERS[0], FISHERS[1] | {"b": 100 * FISHERS[1]["b"]}]
+    close(got, weights.merge(None, MODELS, weights.fisher_average(larger), where="a"), 0)
+    heads = [
+        tree | {"b": jnp.ones(n)} for tree, n in zip(MODELS + FISHERS, (4, 9) * 2, strict=True)
+    ]
+    other = weights.merge(None, heads[:2], weights.fisher_average(heads[2:]), where="a")
+    close(other["a"], got["a"], 0)
 
 
 # ------------------------------------------------------------------------------------ bad input
@@ -176,9 +192,15 @@ def test_the_head_is_the_first_models():
         ([FISHERS[0], {**FISHERS[1], "a": FISHERS[1]["a"] * jnp.nan}], {}, "'a' has entries"),
         ([FISHERS[0], jax.tree.map(jnp.zeros_like, FISHERS[1])], {}, "model 1 is all zero"),
         ([f | {"b": f["b"].at[1].set(0)} for f in FISHERS], {"floor": 0.0}, "entries of 'b'"),
-        ([FISHERS[0], {"a": FISHERS[1]["a"]}], {}, "differ in 'b'"),
-        ([{"a": f["a"]} for f in FISHERS], {}, "Fisher of 'b' of shape .* and none came"),
-        (FISHERS * 2, {}, r"Fisher of 'a' of shape \(2, 2, 3\) .* \(4, 2, 3\) came"),
+        ([FISHERS[0], {**FISHERS[1], "a": FISHERS[1]["a"] / 0}], {}, "'a' has entries"),
+        ([FISHERS[0], {"a": FISHERS[1]["a"]}], {}, "Fisher of 'b' .* model 1, and none came"),
+        ([FISHERS[0]["a"]], {}, "Fisher of 'a' .* and none came"),
+        (FISHERS * 2, {}, "4 Fishers for 2 models"),
+        (
+            jax.tree.map(lambda f: jnp.stack([f] * 3), FISHERS[0]),
+            {},
+            r"Fisher of 'a' of shape \(2, 2, 3\) is due for all models, and one of \(3, 2, 3\)",
+        ),
     ],
 )
 def test_bad_fishers_are_named(fishers, options, message):
@@ -186,7 +208,24 @@ def test_bad_fishers_are_named(fishers, options, message):
         merge(fishers, **options)
 
 
+def test_64_bits_stay():
+    with jax.enable_x64(True):
+        x = jnp.asarray(X, jnp.float64)
+        for labels, batch in (("exact", x), ("sample", x), ("empirical", (x, Y))):
+            for dtype in (jnp.float32, jnp.float64):
+                params = {"kernel": PARAMS["kernel"].astype(dtype)}
+                got = weights.fisher(softmax_regression, params, batch, labels=labels, key=KEY)
+                assert got["kernel"].dtype == dtype
+        p = jax.nn.softmax(softmax_regression(params, x))
+        want = jnp.einsum("nd,nk->dk", x**2, p * (1 - p)) / len(x)
+        np.testing.assert_allclose(
+            weights.fisher(softmax_regression, params, x)["kernel"], want, rtol=1e-12
+        )
+
+
 def test_bad_options_are_named():
+    with pytest.raises(ValueError, match="batch is empty"):
+        weights.fisher(softmax_regression, PARAMS, X[:0])
     with pytest.raises(ValueError, match="labels='true'"):
         weights.fisher(softmax_regression, PARAMS, X, labels="true")
     with pytest.raises(ValueError, match="give a key"):

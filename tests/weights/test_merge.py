@@ -1,3 +1,5 @@
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -209,12 +211,15 @@ def test_bad_input_is_named(name):
 
 def test_bad_weights_are_named():
     for given, message in (
-        ([1.0], r"shape \(1,\) for the 2 models of 'body/bias'"),
-        ([1.0, -1.0], "'body/bias' sum to 0"),
+        ([1.0], r"shape \(1,\) for 2 models"),
+        ({"body/bias": jnp.ones(3)}, r"shape \(3,\) for 2 models of 'body/bias'"),
+        ([1.0, -1.0], "weights sum to 0"),
         ({"head": jnp.ones(2)}, "nothing for 'body/bias'"),
     ):
-        with pytest.raises(ValueError, match=message):
-            weights.merge(None, [A, B], weights.average(given))
+        merge = partial(weights.merge, None, method=weights.average(given))
+        for run in (merge, jax.jit(merge)):
+            with pytest.raises(ValueError, match=message):
+                run([A, B])
     with pytest.raises(ValueError, match="there is no base"):
         weights.merge(None, [A, B], weights.average(), scale=0.5)
     with pytest.raises(ValueError, match="t has no number for 'head'"):

@@ -279,6 +279,8 @@ def test_pcb_is_the_published_code(inter):
     method = weights.pcb(keep=0.3, clip=0.05, inter=inter)
     got = merge(models, method)
     np.testing.assert_allclose(flat(got), want, atol=1e-5)
+    alone = flat(merge(models[:1], method))  # its winners, which agree with themselves
+    assert (alone != 0).sum() == 26 - int(26 * 0.7) - 1
     same(merge(models[::-1], method), got, 1e-5)
     larger = merge([jax.tree.map(lambda w: 3 * w, m) for m in models], method)
     if inter == "normalized":
@@ -316,6 +318,12 @@ def test_pcb_of_a_traced_ratio_and_weights():
         want = jax.tree.map(lambda w: 1.2 * w, merge(models, weights.pcb(keep=r)))
         same(run(jnp.float32(r), jnp.array([1.2, 1.2])), want, 1e-5)
     assert len(traces) == 1
+
+
+@pytest.mark.parametrize("method", [weights.pcb(), weights.model_stock(scope="tree")])
+def test_methods_of_the_whole_tree_take_a_tree_without_floats(method):
+    steps = {"steps": jnp.arange(3)}
+    np.testing.assert_array_equal(weights.merge(steps, [steps] * 2, method)["steps"], jnp.arange(3))
 
 
 def test_pcb_without_anything_to_rank():
@@ -448,7 +456,7 @@ def test_angles_differ_from_cosines_for_three_models_only():
         (lambda: weights.model_stock(scope="layer"), "scope='layer'"),
         (lambda: merge(trees(1), weights.model_stock()), "at least two"),
         (lambda: merge(trees(1), weights.breadcrumbs(scope=1)), "'b' has 1 dim.* no axis 1"),
-        (lambda: merge(trees(2), weights.ties(weights=[1.0])), r"shape \(1,\) for the 2 models"),
+        (lambda: merge(trees(2), weights.ties(weights=[1.0])), r"shape \(1,\) for 2 models"),
     ],
 )  # fmt: skip
 def test_bad_options_are_named(build, message):

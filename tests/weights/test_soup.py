@@ -118,6 +118,16 @@ def test_ties_are_taken_only_when_asked_and_the_first_of_equals_leads():
     assert all_of_them.models == (0, 1, 2) and all_of_them.params["w"] == 2.0
 
 
+def test_keys_and_integers_pass_through():
+    models = [{"w": jnp.array(x), "rng": jax.random.key(3), "n": 7} for x in (1.0, 3.0)]
+    soup = weights.greedy_soup(lambda p: 0.0, models, accept_ties=True).params
+    mean = weights.running_mean(models[0], models[1], 1)
+    for got in (soup, mean, weights.merge(None, models, weights.average())):
+        assert got["w"] == 2.0 and got["rng"] == jax.random.key(3) and got["n"] == 7
+    fresh = weights.running_mean(models[0], models[1] | {"rng": jax.random.key(5)}, 0)
+    assert fresh["rng"] == jax.random.key(5)
+
+
 def test_a_soup_of_bfloat16_keeps_its_dtype():
     models = [model(jnp.bfloat16) for _ in range(3)]
     soup = weights.greedy_soup(lambda p: 0.0, models, accept_ties=True)

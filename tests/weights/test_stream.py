@@ -58,6 +58,10 @@ METHODS = {
     "dare": weights.dare(KEY, drop_rate=0.5),
     "dare, ties": weights.dare(KEY, drop_rate=0.5, then=weights.ties(sparsity=0)),
     "model stock": weights.model_stock(),
+    "average, by leaf": weights.average(
+        {path: i + np.array([1.0, 2.0, 0.5]) for i, path in enumerate(sorted(trees()[0]))}
+    ),
+    "of one's own": weights.Method(lambda path, d, aux: d[0] if "b" in path else d[1]),
 }
 
 
@@ -233,6 +237,15 @@ def test_the_commands(saved, tmp_path, capsys):
     assert "ties has no option 'outliers'" in capsys.readouterr().err
     assert main(["merge", *map(str, tuned), "-o", "x.safetensors"]) == 2
     assert "one of average, task-arithmetic" in capsys.readouterr().err
+    none = tmp_path / "none.safetensors"
+    average = ["merge", "--method", "average", *map(str, tuned), "-o", str(none)]
+    for options, message in (
+        (["--scale", "0.5"], "there is no base"),
+        (["--weights", "1", "-1"], "the weights sum to 0"),
+        (["--weights", "1", "1", "1"], "weights of shape (3,) for 2 models"),
+    ):
+        assert main([*average, *options]) == 2
+        assert message in capsys.readouterr().err and not none.exists()
 
     config = tmp_path / "merge.toml"
     config.write_text(
