@@ -6,14 +6,17 @@ two inputs to the next ones, whatever the activation. On the host, in float64, l
 """
 
 import math
+import warnings
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jaxtyping import Array, Float
 from numpy.polynomial import Chebyshev
 
+from jaxkit import tree
 from jaxkit.init import gauss
 
 __all__ = [
@@ -253,12 +256,18 @@ def guessing_bias(
     return Guessing(c, gamma, math.asin(c) / (2 * math.pi))
 
 
-def class_fractions(logits: Float[Array, "*draws n k"]) -> Float[Array, "*draws k"]:
+def class_fractions(
+    logits: Float[Array, "*draws n k"], *, axis_name: str | None = None
+) -> Float[Array, "*draws k"]:
     """Return the fraction of the n examples that each of the k classes wins.
 
     float32; the classes add up to 1. One logit (k = 1) is a classifier by its sign: class 0 wins
-    where it is positive. Where the largest logit of an example is tied (all-zero logits of a
-    zero-initialized head are) the winner is undefined, and the fractions of that draw are NaN.
+    where it is positive. An example whose largest logit is tied (bfloat16 often has them) has no
+    winner, and is left out. The fractions of a draw are NaN where all its examples tie, as those of
+    a zero-initialized head do (a warning tells, where the values are known), or a logit is NaN.
+
+    Args:
+      axis_name: of ``pmap`` or ``shard_map``, where the examples are split over devices.
 
     Raises:
       ValueError: fewer than two dimensions, or no example.
@@ -268,8 +277,17 @@ def class_fractions(logits: Float[Array, "*draws n k"]) -> Float[Array, "*draws 
     """
     if logits.ndim < 2 or logits.shape[-2] == 0:
         raise ValueError(f"logits (..., examples, classes) are due, and {logits.shape} came")
+    known = tree.concrete(logits) and getattr(logits, "is_fully_addressable", True)
+    if known and not np.asarray(logits).any((-2, -1)).all():
+        warnings.warn("all logits are zero (a zero-initialized head?): no class wins", stacklevel=2)
     if logits.shape[-1] == 1:
         logits = jnp.concatenate([logits, -logits], axis=-1)
     wins = logits == logits.max(-1, keepdims=True)
-    tied = (wins.sum(-1) != 1).any(-1)
-    return jnp.where(tied[..., None], jnp.nan, wins.astype(jnp.float32).mean(-2))
+    winners = wins.sum(-1, keepdims=True)
+    won = (wins & (winners == 1)).sum(-2, dtype=jnp.float32)
+    undefined = (winners == 0).sum(-2)
+    if axis_name is not None:
+        won, undefined = lax.psum((won, undefined), axis_name)
+    decided = won.sum(-1, keepdims=True)
+    defined = (decided > 0) & (undefined == 0)
+    return jnp.where(defined, won / jnp.maximum(decided, 1), jnp.nan)

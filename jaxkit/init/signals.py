@@ -66,7 +66,7 @@ class Signals(NamedTuple):
       layers: by path, in order of execution.
       result: the same for the output of the model (`input` to `zeros` where they make sense).
       classes: fraction of the examples that each class wins, if the model returns one array
-        (batch, ..., classes); NaN where logits are tied. None otherwise.
+        (batch, ..., classes); examples that tie are left out, NaN if all do. None otherwise.
     """
 
     layers: Mapping[str, Layer]
@@ -271,8 +271,8 @@ def measure(apply_fn, found, loss, axis_name, params, batch) -> Signals:
     if len(outputs) == 1 and tree.is_inexact(outputs[0]) and outputs[0].ndim >= 2:
         (logits,) = outputs
         if logits.shape[0] == n and logits.shape[-1] > 1 and logits.dtype != jnp.complex64:
-            classes = class_fractions(logits.reshape(-1, logits.shape[-1]))
-            classes = classes if axis_name is None else lax.pmean(classes, axis_name)
+            logits = logits.reshape(-1, logits.shape[-1])
+            classes = class_fractions(logits, axis_name=axis_name)
     return Signals(layers, _as_layer(last, jnp.full((), jnp.nan)), classes)
 
 

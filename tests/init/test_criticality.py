@@ -462,12 +462,27 @@ def test_negating_the_head_swaps_the_classes():
 
 def test_class_fractions():
     logits = jnp.array([[[3.0, 1, 2], [1, 2, 0], [0, 1, 9], [0, 1, 7]], [[0.0, 0, 0]] * 4])
-    f = np.asarray(class_fractions(logits))
+    f = np.asarray(jax.jit(class_fractions)(logits))
     np.testing.assert_array_equal(f[0], [0.25, 0.25, 0.5])
     assert np.isnan(f[1]).all()
-    assert class_fractions(logits.astype(jnp.bfloat16)).dtype == jnp.float32
+    with pytest.warns(UserWarning, match="zero-initialized head"):
+        np.testing.assert_array_equal(class_fractions(logits), f)
+    assert class_fractions(logits[0].astype(jnp.bfloat16)).dtype == jnp.float32
     with pytest.raises(ValueError, match="examples, classes"):
         class_fractions(jnp.ones(3))
+
+
+def test_ties_are_left_out_of_class_fractions():
+    logits = jnp.array([[3.0, 1, 2], [2, 2, 0], [0, 1, 9], [0, 0, 7], [4, 4, 4], [1, 5, 2]])
+    np.testing.assert_array_equal(class_fractions(logits), [0.25, 0.25, 0.5])
+    np.testing.assert_array_equal(class_fractions(logits[:, :1]), [1, 0])  # 0 has no sign
+    assert np.isnan(class_fractions(jnp.ones((3, 2)))).all()
+    assert np.isnan(class_fractions(logits.at[5, 0].set(jnp.nan))).all()
+    # devices with different numbers of ties count their examples alike
+    both = jax.pmap(lambda x: class_fractions(x, axis_name="data"), "data")
+    np.testing.assert_array_equal(
+        both(logits[2:].reshape(2, 2, 3))[0], np.float32([0, 1 / 3, 2 / 3])
+    )
 
 
 def test_propagate_bad_input():

@@ -297,8 +297,9 @@ ROWS = [
     ),
     Row(
         "init.class_fractions",
-        lambda key, params, batch, n: init.class_fractions(jnp.sin(7 * batch)),
-        shards=False,
+        lambda key, params, batch, n: init.class_fractions(
+            jnp.sin(7 * batch), axis_name=axis_or_none()
+        ),
     ),
 ]
 
