@@ -104,8 +104,13 @@ def activity(
 
     Reference: as for `top_activations`.
     """
+    return _activity(h, threshold, where, 0)
+
+
+def _activity(h: Array, threshold: Any, where: Any, layers: int) -> Float[Array, "*layers"]:
+    """Measure the activity over all axes but the first few."""
     active = h != 0 if threshold is None else jnp.abs(h) > threshold
-    counted = jnp.ones(h.shape[:-1], bool) if where is None else jnp.asarray(where)
+    counted = jnp.broadcast_to(True if where is None else where, h.shape[:-1])
     if tree.concrete(active, counted):
         if not counted.any():
             raise ValueError("no token counts")
@@ -115,7 +120,8 @@ def activity(
                 f"these are not activations of ReLU: {what}; give a threshold (0 counts what is "
                 "not exactly zero)"
             )
-    return jnp.mean(active, where=counted[..., None], dtype=jnp.float32)
+    over = tuple(range(layers, h.ndim))
+    return jnp.mean(active, over, where=counted[..., None], dtype=jnp.float32)
 
 
 def measure(
@@ -123,8 +129,9 @@ def measure(
     params: PyTree,
     *args: Any,
     where: tree.Where,
-    threshold: float | None = None,
-) -> dict[str, Float[Array, ""]]:
+    threshold: float | Array | None = None,
+    tokens: Bool[Array, "..."] | None = None,
+) -> dict[str, Float[Array, "..."]]:
     """Measure the `activity` of what feeds the chosen leaves: rho, layer by layer.
 
     Args:
@@ -133,9 +140,16 @@ def measure(
       *args: the input.
       where: the leaves that read the activations: the output projections of the MLPs.
       threshold: as for `activity`.
+      tokens: True for the tokens that count, False for padding: of the shape of every layer's
+        activations without their last axis, or one that broadcasts to it.
+
+    Returns:
+      By path, one number; for a leaf that a scan takes apart into layers, one each; and for one
+      that is used several times, those of every use in order, along a new first axis.
 
     Raises:
-      ValueError: as for `activity`, naming the leaf, and for `jaxkit.trace.taps`.
+      ValueError: as for `activity`, naming the leaf, and for `jaxkit.trace.taps`; tokens that do
+        not fit; layers in a scan that is itself inside a scan over something else.
 
     >>> params = {"up": jnp.array([[1.0, -1.0]]), "down": jnp.ones((2, 1))}
     >>> mlp = lambda p, x: jax.nn.relu(x @ p["up"]) @ p["down"]
@@ -145,12 +159,19 @@ def measure(
     Reference: as for `top_activations`.
     """
     _, tapped = taps(apply_fn, where)(params, *args)
-    out = {}
+    leaves, out = tree.flatten(params), {}
     for path, tap in tapped.items():
-        try:
-            out[path] = activity(tap.input, threshold=threshold)
-        except ValueError as error:
-            raise ValueError(f"{path!r}: {error}") from None
+        layers = jnp.shape(leaves[path])[: jnp.ndim(leaves[path]) - len(tap.x_axes)]
+        each = []
+        for use in (tap, *tap.later):
+            h = use.input
+            if h.shape[: len(layers)] != layers:
+                raise ValueError(f"{path!r}: its layers are stacked inside another scan")
+            try:
+                each.append(_activity(h, threshold, tokens, len(layers)))
+            except ValueError as error:
+                raise ValueError(f"{path!r}: {error}") from None
+        out[path] = jnp.stack(each) if tap.later else each[0]
     return out
 
 
@@ -164,7 +185,7 @@ def mass(response: Float[Array, "*rows n"], r: float | Array | None) -> Bool[Arr
     cumulative sum of p is at most r + 1e-5: the one that crosses r goes, so how many stay depends
     on the input. At least one stays (the published code may keep none); equal ones keep the lower
     index. It is scale-free, and a target: no gradient. (The paper's other mode, a fixed number of
-    channels, is `largest`.)
+    channels, is ``largest(response, k) & (response > 1e-5)``.)
 
     Args:
       response: nonnegative, one per channel: the largest |activation| of its feature map.
@@ -195,7 +216,11 @@ def mass(response: Float[Array, "*rows n"], r: float | Array | None) -> Bool[Arr
 
 
 def predict(
-    theta: PyTree, x: Float[Array, "batch *pixels channels"], *, joint: bool = False
+    theta: PyTree,
+    x: Float[Array, "batch *pixels channels"],
+    *,
+    joint: bool = False,
+    softmax: bool = True,
 ) -> Float[Array, "batch channels_out"]:
     """Predict which channels of the next layer will fire: the logits of a linear predictor.
 
@@ -206,6 +231,7 @@ def predict(
       theta: ``{"kernel": (channels, channels_out), "bias": (channels_out,)}``.
       x: the layer's input, channels last.
       joint: let the predictor's loss train the network, too.
+      softmax: False: the means themselves go into W.
 
     >>> theta = {"kernel": jnp.eye(2), "bias": jnp.full(2, -0.5)}
     >>> (predict(theta, jnp.array([[[9.0, 0.0]]])) > 0).tolist()
@@ -215,7 +241,7 @@ def predict(
     """
     x = x if joint else jax.lax.stop_gradient(x)
     pooled = x.mean(tuple(range(1, x.ndim - 1)))
-    return jax.nn.softmax(pooled) @ theta["kernel"] + theta["bias"]
+    return (jax.nn.softmax(pooled) if softmax else pooled) @ theta["kernel"] + theta["bias"]
 
 
 def predictor_loss(
@@ -329,7 +355,8 @@ def sentence_core(
       Indices, the most frequent first, ties keep the lower index.
 
     Raises:
-      ValueError: beta outside (0, 1]; no tokens: the prompt comes first.
+      ValueError: beta outside (0, 1]; no tokens: the prompt comes first; none that counts (if that
+        is known; else the first neurons come out); cores of several sentences.
 
     >>> cores = jnp.array([[1, 1, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 0]], bool)
     >>> sentence_core(cores, 0.4).tolist()
@@ -338,8 +365,17 @@ def sentence_core(
     Reference: as for `token_core`.
     """
     _check_part("beta", beta)
+    if np.ndim(cores) != 2:
+        raise ValueError(
+            f"the cores of one sentence, (tokens, n) is due, and shape {np.shape(cores)} came; "
+            "vmap over sentences, or join their tokens"
+        )
     if not np.shape(cores)[0]:
         raise ValueError("the prompt has no tokens: a core is what its tokens agree on")
+    if where is not None and violates(np.any, where):
+        raise ValueError(
+            f"none of its {np.shape(cores)[0]} tokens counts: a sentence has one or more"
+        )
     counted = cores if where is None else cores & jnp.asarray(where)[:, None]
     return jax.lax.top_k(counted.sum(0), _ceil(beta, np.shape(cores)[1]))[1]
 

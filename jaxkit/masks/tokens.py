@@ -179,7 +179,8 @@ def attention(
       q: queries; groups of ``heads / kv_heads`` consecutive heads share a key-value head.
       k: keys.
       v: values.
-      mask: from `visible` or `soft_visible`; a token always sees itself.
+      mask: from `visible` or `soft_visible`, in which a token always sees itself. A query that sees
+        no key has 0 / 0: NaN, where it cannot be checked (under jit).
       scale: of the scores; default: d^-1/2.
       bounded: divide the derivative with respect to M_ij by the sum over all keys j <= i, as the
         published kernel does, in place of the visible ones. The exact derivative (False) is
@@ -187,7 +188,8 @@ def attention(
         stall Adam for a long time.
 
     Raises:
-      ValueError: heads that are no multiple of kv_heads, or a mask of another shape.
+      ValueError: heads that are no multiple of kv_heads, a mask of another shape, a query that
+        sees no key (if the mask is known).
 
     >>> x = jnp.ones((3, 2, 4))
     >>> attention(x, x[:, :1], x[:, :1], visible(jnp.zeros((1, 3), int))).shape
@@ -197,6 +199,7 @@ def attention(
     kv_heads = _check_heads(heads, k.shape[1])
     if jnp.shape(mask) != (kv_heads, n, n):
         raise ValueError(f"the mask has shape {jnp.shape(mask)}, and {(kv_heads, n, n)} was due")
+    _check_rows(mask)
     factor = d**-0.5 if scale is None else scale
     grouped = q.reshape(n, kv_heads, heads // kv_heads, d)
     scores = tree.float32(jnp.einsum("nhgd,mhd->hgnm", grouped, k)) * factor
@@ -213,6 +216,14 @@ def attention(
     weights = weights / weights.sum(-1, keepdims=True)
     out = jnp.einsum("hgnm,mhe->nhge", weights.astype(v.dtype), v)
     return out.reshape(n, heads, -1)
+
+
+def _check_rows(mask: Array) -> None:
+    if tree.concrete(mask):
+        seen = (np.tril(np.asarray(mask)) != 0).any(-1)
+        if not seen.all():
+            head, query = np.argwhere(~seen)[0]
+            raise ValueError(f"query {query} sees no key (head {head}), and one or more were due")
 
 
 def _check_heads(heads: int, kv_heads: int) -> int:

@@ -60,6 +60,43 @@ def test_activity_counts_tokens_that_count():
     np.testing.assert_allclose(found["down/w"], due, rtol=1e-6)
 
 
+def test_padding_does_not_count_in_any_layer_and_every_layer_counts_for_itself():
+    """Three layers in a scan are those of the loop; a cell that is called twice has two numbers."""
+    up = jax.random.normal(jax.random.key(4), (3, 6, 12))
+    params = {"up": up, "down": jax.random.normal(jax.random.key(5), (3, 12, 6))}
+    x = jax.random.normal(jax.random.key(6), (2, 5, 6))
+    tokens = jnp.arange(5) < jnp.array([[5], [2]])
+
+    def layer(x, w):
+        h = jax.nn.relu(x @ w["up"] - 1)
+        return x + h @ w["down"], h
+
+    scan = lambda params, x: jax.lax.scan(lambda x, w: (layer(x, w)[0], None), x, params)[0]
+    due, y = [], x
+    for i in range(3):
+        y, h = layer(y, jax.tree.map(lambda w, i=i: w[i], params))
+        due.append(np.asarray(h > 0)[np.asarray(tokens)].mean())
+    assert len({round(float(d), 3) for d in due}) == 3
+    found = route.measure(scan, params, x, where="down", tokens=tokens)["down"]
+    np.testing.assert_allclose(found, due, rtol=1e-6)
+    tail = x.at[1, 2:].set(100.0)
+    same = route.measure(scan, params, tail, where="down", tokens=tokens)["down"]
+    np.testing.assert_array_equal(found, same)
+    own = jax.tree.map(lambda w: w[0], params)
+    twice = lambda w, x: layer(layer(x, w)[0], w)[0]
+    first, second = route.measure(twice, own, x, where="down", tokens=tokens)["down"]
+    np.testing.assert_allclose(first, due[0], rtol=1e-6)
+    inside = layer(layer(x, own)[0], own)[1] > 0
+    np.testing.assert_allclose(second, np.asarray(inside)[np.asarray(tokens)].mean(), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"'down': Incompatible shapes .* \(3, 5\) .* \(2, 5\)"):
+        route.measure(twice, own, x, where="down", tokens=jnp.ones((3, 5), bool))
+    with pytest.raises(ValueError, match="'down': no token counts"):
+        route.measure(scan, params, x, where="down", tokens=jnp.zeros((2, 5), bool))
+    in_time = lambda p, xs: jax.lax.scan(lambda c, x: (c, scan(p, x)), 0, xs)[1]
+    with pytest.raises(ValueError, match="'down': its layers are stacked inside another scan"):
+        route.measure(in_time, params, x, where="down")
+
+
 def test_activations_without_zeros_are_refused():
     gelu = lambda p, x: mlp(p, x, jax.nn.gelu)
     with pytest.raises(ValueError, match=r"'down/w': .* not activations of ReLU: some are neg"):
@@ -220,6 +257,9 @@ def test_predictor_and_its_loss_by_hand():
     weights = np.exp(pooled) / np.exp(pooled).sum(-1, keepdims=True)
     z = weights @ np.asarray(theta["kernel"], np.float64) + np.arange(6)
     np.testing.assert_allclose(route.predict(theta, IMAGES), z, rtol=1e-4, atol=1e-5)
+    plain = pooled @ np.asarray(theta["kernel"], np.float64) + np.arange(6)
+    got = route.predict(theta, IMAGES, softmax=False)
+    np.testing.assert_allclose(got, plain, rtol=1e-4, atol=1e-5)
     target = np.arange(12).reshape(2, 6) % 3 == 0
     p = 1 / (1 + np.exp(-z))
     due = -np.where(target, np.log(p), np.log(1 - p)).mean(0).sum()
@@ -271,6 +311,43 @@ def test_cores_by_hand():
     assert route.sentence_core(padded, 0.4, where=where).tolist() == [0, 1]
     assert route.sentence_core(padded, 0.4).tolist() == [2, 3]
     assert route.sentence_core(jnp.ones((1, 30), bool), 0.1).shape == (3,)  # .1 * 30 > 3 in floats
+
+
+def test_a_batch_of_sentences_has_no_core_of_its_own():
+    cores = jax.random.bernoulli(jax.random.key(0), 0.5, (2, 7, 50))
+    with pytest.raises(ValueError, match=r"\(tokens, n\) is due, and shape \(2, 7, 50\) came"):
+        route.sentence_core(cores, 0.2)
+    each = jax.vmap(lambda c: route.sentence_core(c, 0.2))(cores)
+    np.testing.assert_array_equal(each[1], route.sentence_core(cores[1], 0.2))
+    for where in ([False] * 7, np.zeros(7, bool), jnp.zeros(7, bool)):
+        with pytest.raises(ValueError, match="none of its 7 tokens counts"):
+            route.sentence_core(cores[0], 0.2, where=where)
+
+
+def test_a_gated_layer_reads_the_core_of_both_projections():
+    """Gathered columns of gate and up and rows of down, and the dense layer masked to the core."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        name: {"w": jax.random.normal(key, shape)}
+        for name, key, shape in zip(
+            ("gate", "up", "down"), keys, ((6, 20), (6, 20), (20, 5)), strict=False
+        )
+    }
+    axes = {"gate": {"w": (None, "mlp")}, "up": {"w": (None, "mlp")}, "down": {"w": ("mlp", None)}}
+    acts = lambda p, x: jax.nn.silu(x @ p["gate"]["w"])
+    layer = lambda p, x, m=1.0: (acts(p, x) * (x @ p["up"]["w"]) * m) @ p["down"]["w"]
+    prompt, x = jax.random.normal(keys[3], (2, 9, 6))
+    core = route.sentence_core(route.token_core(acts(params, prompt)), 0.2)
+    small = trace.take(params, axes, {"mlp": core})
+    for name in ("gate", "up"):
+        np.testing.assert_array_equal(small[name]["w"], params[name]["w"][:, core])
+    np.testing.assert_array_equal(small["down"]["w"], params["down"]["w"][core])
+    masked = layer(params, x, jnp.zeros(20).at[core].set(1))
+    np.testing.assert_allclose(layer(small, x), masked, rtol=1e-5, atol=1e-5)
+    # a gate of other columns is another model
+    other = small | {"gate": {"w": params["gate"]["w"][:, :4]}}
+    assert jnp.abs(layer(other, x) - masked).max() > 0.1
+    assert jnp.abs(layer(params, x) - masked).max() > 0.1
 
 
 def gathered(index):

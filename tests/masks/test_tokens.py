@@ -167,6 +167,18 @@ def test_decoding_with_an_evicting_cache_is_the_masked_forward(window):
     assert jnp.abs(out - due).max() > 1e-2
 
 
+def test_a_query_that_sees_nothing_is_an_error():
+    """Also where it would see nothing but what comes later; under jit it is NaN, and alone so."""
+    q, k, v = qkv(0)
+    mask = tokens.visible(jnp.zeros((KV, N), int)).at[1, 4, :5].set(False)
+    for empty in (mask, np.asarray(mask), mask.at[1, 4, 5:].set(True), mask.astype(float)):
+        with pytest.raises(ValueError, match=r"query 4 sees no key \(head 1\)"):
+            tokens.attention(q, k, v, empty)
+    out = jax.jit(tokens.attention)(q, k, v, mask)
+    lost = np.isnan(out).any(-1)
+    assert lost[4, -1] and not lost[4, 0] and not np.delete(lost, 4, 0).any()
+
+
 def test_bad_input():
     q, k, v = qkv(0)
     with pytest.raises(ValueError, match="4 heads of queries cannot share 3"):
