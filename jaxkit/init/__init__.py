@@ -37,13 +37,7 @@ from jaxkit.init.kernel import (
     propagate,
     variance_map,
 )
-from jaxkit.init.mimetic import (
-    factor_pair,
-    last_tap,
-    mimetic_attention,
-    mimetic_ssm,
-    sincos_2d,
-)
+from jaxkit.init.mimetic import factor_pair, mimetic_attention, sincos_2d
 from jaxkit.init.pretrain import (
     contrastive_loss,
     hide,
@@ -64,6 +58,7 @@ from jaxkit.init.rules import Initializer, TreeInitializer, rules
 from jaxkit.init.shaped import shaped_attention, shaped_relu, shaped_relu_moment, shaped_scale
 from jaxkit.init.signals import Signals, signals
 from jaxkit.init.standardize import signal_moments, standardize, standardized, unit_gains
+from jaxkit.init.state_space import last_tap, mimetic_ssm
 from jaxkit.init.transplant import Transplanted, crop, resize, transplant
 
 __all__ = [

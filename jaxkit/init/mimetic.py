@@ -1,23 +1,22 @@
-"""Mimetic initialization: layers that start out like trained ones.
+"""Mimetic initialization of attention: products of weights that resemble the identity at once.
 
-Attention whose products of weights resemble the identity (`mimetic_attention`), and state spaces
-that start as causal linear attention (`mimetic_ssm`). Both re-draw several leaves together, so they
-are tree initializers; the primitive is `factor_pair`, a matrix as a balanced product.
+`mimetic_attention` re-draws several leaves together, so it is a tree initializer; its primitive is
+`factor_pair`, a matrix as a balanced product. State spaces have theirs in
+`jaxkit.init.state_space`.
 """
 
 import functools
 import math
 import re
-from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
-from jaxkit.init.rules import TreeInitializer, rules
+from jaxkit.init.rules import TreeInitializer
 
-__all__ = ["factor_pair", "last_tap", "mimetic_attention", "mimetic_ssm", "sincos_2d"]
+__all__ = ["factor_pair", "mimetic_attention", "sincos_2d"]
 
 
 def factor_pair(
@@ -93,7 +92,7 @@ def _letters(layout: str) -> str:
     return re.sub(r"\W", "", layout)
 
 
-def _partners(first: list[str], others: list[str], role: str) -> dict[str, str]:
+def partners(first: list[str], others: list[str], role: str) -> dict[str, str]:
     """Return, for each path of `first`, the one of `others` in the same module."""
 
     def shared(a: str, b: str) -> int:
@@ -186,7 +185,7 @@ def mimetic_attention(
     def init(key: PRNGKeyArray, params: PyTree) -> PyTree:
         leaves = tree.flatten(params)
         hits = {role: list(tree.chosen(params, where)) for role, where in chosen.items()}
-        others = {r: _partners(hits["q"], hits[r], names[r]) for r in chosen if r != "q"}
+        others = {r: partners(hits["q"], hits[r], names[r]) for r in chosen if r != "q"}
         keys = tree.flatten(tree.keys(key, params, "jaxkit.init.mimetic_attention"))
         known = {"3": 3} if heads is None else {"3": 3, "h": heads}
         new = dict(leaves)
@@ -246,144 +245,3 @@ def sincos_2d(
     frequencies = temperature ** -(jnp.arange(dim // 4) / (dim // 4 - 1))
     phases = [grid.reshape(-1, 1) * frequencies for grid in (x, y)]
     return jnp.concatenate([f(phase) for phase in phases for f in (jnp.sin, jnp.cos)], axis=1)
-
-
-# ------------------------------------------------------------------------------- state spaces
-
-
-def last_tap(key, shape: Sequence[int], dtype=None, out_sharding=None) -> Float[Array, "*shape"]:
-    """Return a depthwise kernel ``(taps, 1, channels)``: 1 at the last tap, and 0 at the others.
-
-    The identity, in a causal convolution. Nothing is random.
-
-    Raises:
-      ValueError: a kernel that is not depthwise with its taps first.
-
-    >>> last_tap(None, (3, 1, 2))[:, 0, 0].tolist()
-    [0.0, 0.0, 1.0]
-    """
-    del key
-    if len(shape) < 2 or math.prod(shape[1:-1]) != 1:
-        raise ValueError(f"a depthwise kernel (taps, 1, channels) is due, and {tuple(shape)} came")
-    kernel = jnp.zeros(shape, dtype).at[-1].set(1)
-    return kernel if out_sharding is None else jax.sharding.reshard(kernel, out_sharding)
-
-
-def mimetic_ssm(
-    horizon: float,
-    *,
-    a_log: tree.Where,
-    dt_bias: tree.Where,
-    dt: tree.Where,
-    conv: tree.Where | None,
-    conv_bias: tree.Where | None = None,
-    b: tree.Where | None = None,
-    c: tree.Where | None = None,
-    dt_b_c: tree.Where | None = None,
-    state: int | None = None,
-    noise: float = 0.1,
-) -> TreeInitializer:
-    """State spaces that start as causal linear attention: tokens read those that are like them.
-
-    For ``h_t = exp(Delta_t A) h_{t-1} + Delta_t B_t x_t`` and ``y_t = C_t h_t`` with
-    ``A = -exp(A_log)`` and ``Delta = softplus(W_dt x + dt_bias)``, the map from token j to i is
-    ``C_i . prod(exp(Delta A)) B_j Delta_j``. Returns ``init(key, params) -> params`` that makes it
-    ``C_i . B_j`` with C and B alike, so that it is largest where tokens are alike::
-
-        A_log    = log(1 / horizon)            a token decays to 1/e after `horizon` steps
-        W_dt     = 0,  dt_bias = log(e - 1)    Delta = softplus(dt_bias) = 1 for every input
-        W_B      ~ N(0, 1 / fan_in),  W_C = W_B + noise * N(0, 1 / fan_in)
-        conv     = the identity: 1 at the last tap, bias 0
-
-    Every leaf of a kind is chosen by its own `where`: trees of state spaces differ, and nothing is
-    guessed. B and C are columns of ``(fan_in, state)`` kernels; Mamba-1 stores them as the last
-    ``2 * state`` columns of one kernel (Delta's low rank first), which is `dt_b_c`. Delta's weights
-    are then the second factor of its low rank, and the first is left as it is, so that `params`
-    must hold values (otherwise their shapes are enough)::
-
-        mimetic_ssm(512, a_log="**/A_log", dt="**/dt_proj/kernel", dt_bias="**/dt_proj/bias",
-                    dt_b_c="**/x_proj/kernel", state=16, conv="**/conv1d/kernel")
-
-    To change some layers alone, let the globs match those alone.
-
-    Args:
-      horizon: how many steps a state lasts; at least the length of the context.
-      a_log: chooses log(-A), of any shape (per channel and state, or per head).
-      dt_bias: chooses the biases inside the softplus.
-      dt: chooses the weights inside the softplus.
-      conv: chooses the depthwise kernels ``(taps, 1, channels)``; None where there is none.
-      conv_bias: chooses their biases.
-      b: chooses the kernels of B.
-      c: chooses the kernels of C.
-      dt_b_c: chooses kernels that hold both; in place of `b` and `c`.
-      state: the size of the state, for `dt_b_c`.
-      noise: the standard deviation of ``W_C - W_B`` over that of ``W_B``.
-
-    Raises:
-      ValueError: a horizon that is not positive; neither or both of (b, c) and (dt_b_c, state);
-        kernels of B and C that do not pair up or differ in shape; a kernel too narrow for the
-        state; a convolution that is not depthwise.
-      TypeError: a legacy uint32 key.
-
-    >>> params = {"A_log": jnp.zeros((6, 2)), "dt": jnp.ones((1, 6)), "dt_bias": jnp.zeros(6),
-    ...           "x_proj": jnp.zeros((6, 5)), "conv": jnp.ones((4, 1, 6))}
-    >>> init = mimetic_ssm(64, a_log="A_log", dt="dt", dt_bias="dt_bias", conv="conv",
-    ...                    dt_b_c="x_proj", state=2)
-    >>> new = init(jax.random.key(0), params)
-    >>> float(jax.nn.softplus(new["dt_bias"])[0]), new["conv"][:, 0, 0].tolist()
-    (1.0, [0.0, 0.0, 0.0, 1.0])
-
-    Reference: Asher Trockman, Hrayr Harutyunyan, J. Zico Kolter, Sanjiv Kumar, Srinadh
-    Bhojanapalli, "Mimetic Initialization Helps State Space Models Learn to Recall",
-    arXiv 2410.11135. The ideas are the paper's; `horizon`, `noise` and the variance of ``W_B`` are
-    our choice.
-    """
-    if horizon <= 0:
-        raise ValueError(f"horizon={horizon}: a positive number of steps is due")
-    separate = b is not None and c is not None and dt_b_c is None and state is None
-    if not separate and (dt_b_c is None or state is None or b is not None or c is not None):
-        raise ValueError("either b and c are due, or dt_b_c and state")
-    width = 0 if state is None else state
-    constant, zeros = jax.nn.initializers.constant, jax.nn.initializers.zeros
-    pairs = [
-        (a_log, constant(-math.log(horizon))),
-        (dt_bias, constant(math.log(math.e - 1))),
-        (dt, zeros),
-    ]
-    pairs += [(conv, last_tap)] if conv is not None else []
-    pairs += [(conv_bias, zeros)] if conv_bias is not None else []
-    plain = rules(*pairs)
-
-    def tied(key, shape):
-        first, second = jax.random.split(key)
-        draw = jax.nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-        kernel = draw(first, shape, jnp.float32)
-        return kernel, kernel + noise * draw(second, shape, jnp.float32)
-
-    def init(key: PRNGKeyArray, params: PyTree) -> PyTree:
-        new = tree.flatten(plain(key, params))
-        keys = tree.flatten(tree.keys(key, params, "jaxkit.init.mimetic_ssm"))
-        hits = lambda where: list(tree.chosen(params, where))
-        if dt_b_c is not None:
-            for path in hits(dt_b_c):
-                leaf = new[path]
-                rank = leaf.shape[-1] - 2 * width
-                if rank < 0:
-                    raise ValueError(
-                        f"{path!r} has shape {leaf.shape}, and {2 * width} or more columns were due"
-                    )
-                both = jnp.concatenate(tied(keys[path], (*leaf.shape[:-1], width)), axis=-1)
-                kept = jnp.asarray(leaf[..., :rank])
-                new[path] = jnp.concatenate([kept, both.astype(leaf.dtype)], axis=-1)
-        else:
-            paths = hits(b)
-            for path, partner in _partners(paths, hits(c), "C").items():
-                shapes = new[path].shape, new[partner].shape
-                if shapes[0] != shapes[1]:
-                    raise ValueError(f"{path!r} is {shapes[0]} and {partner!r} {shapes[1]}")
-                kernels = tied(keys[path], shapes[0])
-                for where, kernel in zip((path, partner), kernels, strict=True):
-                    new[where] = kernel.astype(new[where].dtype)
-        return tree.replace(params, new)
-
-    return init

@@ -1,4 +1,4 @@
-"""Mimetic initialization: exact products, layouts, and state spaces as linear attention."""
+"""Mimetic initialization of attention: exact products and layouts."""
 
 import math
 
@@ -9,7 +9,7 @@ import pytest
 from flax import linen, nnx
 
 from jaxkit import tree
-from jaxkit.init.mimetic import factor_pair, last_tap, mimetic_attention, mimetic_ssm, sincos_2d
+from jaxkit.init.mimetic import factor_pair, mimetic_attention, sincos_2d
 
 KEY = jax.random.key(0)
 
@@ -262,112 +262,3 @@ def test_a_small_vision_transformer_learns_no_worse():
     mimetic = float(accuracy(seeds, jax.vmap(mimetic_attention())(seeds, start)).mean())
     print(f"default {default:.4f} mimetic {mimetic:.4f}")
     assert mimetic >= default
-
-
-# --------------------------------------------------------------------------------- state spaces
-
-
-def recurrence(a, delta, b, c, x):
-    """The state space, step by step: h <- exp(delta a) h + delta b x^T, y = c h."""
-    h, out = np.zeros((b.shape[1], x.shape[1])), []
-    for t in range(len(x)):
-        h = np.exp(delta[t] * a)[:, None] * h + delta[t] * np.outer(b[t], x[t])
-        out.append(c[t] @ h)
-    return np.stack(out)
-
-
-def test_the_recurrence_is_causal_linear_attention():
-    rng = np.random.default_rng(0)
-    b, c, x = rng.normal(size=(3, 20, 8))
-    attention = np.tril(c @ b.T) @ x
-    ones = np.ones(20)
-    np.testing.assert_allclose(recurrence(np.zeros(8), ones, b, c, x), attention, atol=1e-12)
-
-
-def ssm(d=64, state=16):
-    return {
-        "a_log": jnp.ones((d, state)),
-        "dt": {"kernel": jnp.ones((3, d)), "bias": jnp.ones(d)},
-        "b": jnp.ones((d, state)),
-        "c": jnp.ones((d, state)),
-        "conv": {"kernel": jnp.ones((4, 1, d)), "bias": jnp.ones(d)},
-        "skip": jnp.ones(d),
-    }
-
-
-WHERE = {"a_log": "a_log", "dt": "dt/kernel", "dt_bias": "dt/bias", "conv": "conv/kernel"}
-APART = {**WHERE, "b": "b", "c": "c", "conv_bias": "conv/bias"}
-
-
-def test_ssm_starts_as_linear_attention():
-    h, d, tokens = 256, 64, 32
-    new = jax.jit(mimetic_ssm(h, **APART))(KEY, ssm(d))
-    a = -np.exp(np.asarray(new["a_log"], np.float64))
-    np.testing.assert_allclose(a, -1 / h, rtol=1e-6)
-    np.testing.assert_allclose(np.exp(h * a), math.exp(-1), rtol=1e-5)
-    np.testing.assert_array_equal(new["dt"]["kernel"], 0)
-    np.testing.assert_allclose(jax.nn.softplus(new["dt"]["bias"]), 1, atol=1e-6)
-    assert new["skip"] is not None and bool((new["skip"] == 1).all())
-    np.testing.assert_array_equal(new["conv"]["bias"], 0)
-
-    # tokens are most like themselves: the diagonal is the maximum of its row
-    def diagonal(c, horizon_a):
-        hits = []
-        for seed in range(8):
-            x = np.random.default_rng(seed).normal(size=(tokens, d))
-            x /= np.linalg.norm(x, axis=1, keepdims=True)
-            kernel = (x @ np.asarray(c)) @ (x @ np.asarray(new["b"])).T
-            lag = np.arange(tokens)[:, None] - np.arange(tokens)
-            kernel = np.where(lag >= 0, kernel * np.exp(np.maximum(lag, 0) * horizon_a), -np.inf)
-            hits.append(kernel.argmax(1) == np.arange(tokens))
-        return np.mean(hits)
-
-    assert diagonal(new["c"], a[0, 0]) > 0.9
-    untied = jax.random.normal(KEY, (d, 16)) / math.sqrt(d)
-    chance = np.mean(1 / np.arange(1, tokens + 1))
-    assert diagonal(untied, a[0, 0]) < 3 * chance
-
-    ratio = float((new["c"] - new["b"]).std() / new["b"].std())
-    assert abs(ratio - 0.1) < 0.01
-    assert abs(float(new["b"].std()) * math.sqrt(d) - 1) < 4 / math.sqrt(2 * d * 16)
-
-
-def test_last_tap_is_the_identity_of_a_causal_convolution():
-    x = jax.random.normal(KEY, (2, 9, 5))
-    kernel = last_tap(KEY, (4, 1, 5), jnp.float32)
-    y = jax.lax.conv_general_dilated(
-        x, kernel, (1,), [(3, 0)], dimension_numbers=("NWC", "WIO", "NWC"), feature_group_count=5
-    )
-    np.testing.assert_array_equal(y, x)
-    with pytest.raises(ValueError, match="depthwise"):
-        last_tap(KEY, (4, 2, 5))
-
-
-def test_ssm_with_one_kernel_for_all():
-    params = ssm()
-    del params["b"], params["c"]
-    params["x"] = jnp.full((64, 3 + 32), 7.0, jnp.bfloat16)
-    new = mimetic_ssm(64, **WHERE, dt_b_c="x", state=16)(KEY, params)
-    assert new["x"].dtype == jnp.bfloat16
-    np.testing.assert_array_equal(new["x"][:, :3], 7)
-    b, c = np.asarray(new["x"][:, 3:19], np.float32), np.asarray(new["x"][:, 19:], np.float32)
-    assert abs(np.std(c - b) / np.std(b) - 0.1) < 0.02
-    exact = mimetic_ssm(64, **WHERE, dt_b_c="x", state=16, noise=0.0)(KEY, params)["x"]
-    np.testing.assert_array_equal(exact[:, 3:19], exact[:, 19:])
-
-
-def test_ssm_bad_input():
-    with pytest.raises(ValueError, match="horizon"):
-        mimetic_ssm(0, **APART)
-    with pytest.raises(ValueError, match="either b and c"):
-        mimetic_ssm(8, **WHERE)
-    with pytest.raises(ValueError, match="either b and c"):
-        mimetic_ssm(8, **APART, dt_b_c="x", state=2)
-    with pytest.raises(ValueError, match=r"\(64, 16\) and 'c' \(64, 8\)"):
-        mimetic_ssm(8, **APART)(KEY, ssm() | {"c": jnp.ones((64, 8))})
-    with pytest.raises(ValueError, match="depthwise"):
-        mimetic_ssm(8, **APART)(
-            KEY, ssm() | {"conv": {"kernel": jnp.ones((4, 2, 3)), "bias": jnp.ones(3)}}
-        )
-    with pytest.raises(ValueError, match="200 or more columns"):
-        mimetic_ssm(8, **WHERE, dt_b_c="b", state=100)(KEY, ssm())
