@@ -1,10 +1,12 @@
 """What becomes of frozen weights that a learned mask leaves out: recycled, or drawn anew."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxkit import tree
@@ -18,25 +20,41 @@ __all__ = ["iterand", "recycle"]
 
 
 def recycle(
-    params: PyTree, theta: Theta, fraction: float | Array = 0.2, *, mask: Mask | None = None
+    params: PyTree,
+    theta: Theta,
+    fraction: float | Array = 0.2,
+    *,
+    soft: Callable[[Array], Array] = jnp.abs,
+    mask: Mask | None = None,
 ) -> PyTree:
     """Copy the weights with the largest scores over those with the smallest.
 
-    In each leaf, with q = floor(fraction n) and the entries in ascending order of |s| (ties in the
-    order of the flat index): the j-th of the first q takes the weight of the j-th of the last q.
-    The scores stay. As long as q entries are masked, no weight in use changes, and what the model
-    computes stays what it is; but scores that rise later bring better weights with them. The paper
-    recycles every few epochs; how often and how much is not known, and 0.2 is our choice.
+    In each leaf, with q = floor(fraction n) and the entries in ascending order of soft(s), what the
+    mask ranks (ties in the order of the flat index): the j-th of the first q takes the weight of
+    the j-th of the last q. The scores stay. As long as q entries are masked, no weight in use
+    changes, and what the model computes stays what it is; but scores that rise later bring better
+    weights with them. The paper recycles every few epochs; how often and how much is not known, and
+    0.2 is our choice.
+
+    The default ranks as `edge_popup`, `signed_supermask` and `biprop` of a sparsity do. Without a
+    sparsity `biprop` masks by s > 0, where a weight of a small score is in use::
+
+        params = recycle(params, theta, soft=lambda s: s, mask=learned_mask(r, theta, params))
+
+    (The authors' code ranks by |s| there too, and so changes weights in use.)
 
     Args:
       params: the weights; those without scores stay as they are.
       theta: scores by path, of `edge_popup`, `biprop` or any `supermask`.
       fraction: in [0, 1/2]; it may be traced, and is then rounded to float32.
-      mask: the mask in force (`learned_mask`). With it, and if its values are known, it is an error
-        to copy over an entry in use.
+      soft: what the mask ranks, as for `supermask`.
+      mask: the mask in force (`learned_mask`). With it masked entries come before those in use,
+        whatever their scores. More than there are can not be copied over: an error if its values
+        are known, and under jit entries in use are overwritten.
 
     Raises:
-      ValueError: a fraction outside [0, 1/2], where the ranges would overlap; an entry in use.
+      ValueError: a fraction outside [0, 1/2], where the ranges would overlap; a mask that leaves
+        fewer than q entries out.
 
     Reference: M. Gorbett, D. Whitley, "Randomly Initialized Subnetworks with Iterative Weight
     Recycling", arXiv:2303.15953.
@@ -56,15 +74,14 @@ def recycle(
     for path, w in matched(params, theta).items():
         n = w.size
         q = _floor(fraction, n)
-        order = jnp.argsort(jnp.abs(theta[path]).ravel())
+        live = jnp.zeros(w.shape, bool) if used is None else used[path]
+        if violates(lambda live, q: q <= (~live).sum(), live, q):
+            raise ValueError(
+                f"{path!r}: {int(q)} entries were to be copied over, and only "
+                f"{np.size(live) - np.sum(live)} are masked: the others are in use; lower fraction"
+            )
+        order = jnp.lexsort((soft(theta[path]).ravel(), live.ravel()))
         place = jnp.arange(n)
-        if used is not None and tree.concrete(used[path], order, q):
-            lost = int((used[path].ravel()[order] & (place < q)).sum())
-            if lost:
-                raise ValueError(
-                    f"{path!r}: {lost} of the {int(q)} entries to copy over are in use; only "
-                    f"{int((~used[path]).sum())} are masked"
-                )
         source = order[jnp.where(place < q, place + n - q, place)]
         flat = w.ravel()
         out[path] = flat.at[order].set(flat[source]).reshape(w.shape)

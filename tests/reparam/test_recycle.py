@@ -45,6 +45,30 @@ def test_nothing_that_is_in_use_changes():
     jax.tree.map(np.testing.assert_array_equal, reparam.recycle(PARAMS, THETA, 0.0), PARAMS)
 
 
+SIGNED = reparam.biprop(scores=jax.nn.initializers.normal(1.0))
+
+
+@pytest.mark.parametrize("options", ["soft", "mask", "both"])
+def test_nothing_in_use_changes_where_the_sign_of_the_score_decides(options):
+    """A small positive score is in use, and a large negative one is not."""
+    theta = SIGNED.init(KEY, PARAMS)
+    mask = reparam.learned_mask(SIGNED, theta, PARAMS)
+    given = {"soft": {"soft": lambda s: s}, "mask": {"mask": mask}}
+    given["both"] = given["soft"] | given["mask"]
+    new = reparam.recycle(PARAMS, theta, 0.3, **given[options])
+    for i in range(2):
+        live = np.asarray(mask[f"layer_{i}"]["kernel"]).ravel()
+        w, got = kernel(PARAMS, i), kernel(new, i)
+        np.testing.assert_array_equal(got[live], w[live])
+        assert (got != w).sum() == int(0.3 * w.size) <= (~live).sum()
+        if options != "mask":  # the first are those of the lowest scores
+            order = np.argsort(np.asarray(theta[f"layer_{i}/kernel"]).ravel(), kind="stable")
+            q = int(0.3 * w.size)
+            np.testing.assert_array_equal(got[order[:q]], w[order[-q:]])
+    before, after = (nets.logits(SIGNED.apply(theta, p), X) for p in (PARAMS, new))
+    np.testing.assert_array_equal(before, after)
+
+
 def test_a_traced_fraction():
     fn = jax.jit(lambda f: reparam.recycle(PARAMS, THETA, f))
     want = reparam.recycle(PARAMS, THETA, 0.3)
@@ -72,7 +96,7 @@ def test_bad_input():
         reparam.recycle(PARAMS, THETA, 0.6)
     dense = reparam.edge_popup(0.25)
     mask = reparam.learned_mask(dense, THETA, PARAMS)
-    with pytest.raises(ValueError, match=r"'layer_0/kernel': 12 of the 24 .* only 12 are masked"):
+    with pytest.raises(ValueError, match=r"'layer_0/kernel': 24 entries .* only 12 are masked"):
         reparam.recycle(PARAMS, THETA, 0.5, mask=mask)
     with pytest.raises(ValueError, match=r"rate is 2"):
         reparam.iterand(KEY, init.rules(), PARAMS, mask, 2)
