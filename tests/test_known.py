@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxkit import masks, reparam
+from jaxkit import data, masks, probes, reparam, weights
 from jaxkit._known import violates
 from jaxkit.masks import circuit, nested, route, tokens
 
@@ -16,6 +16,7 @@ MASK = {"kernel": jnp.eye(4, dtype=bool)}
 AXES = {"kernel": (None, "a")}
 CIRCUIT = circuit.init(KEY, (-1, 0), 3, 2)
 FLOWS = circuit.flows(CIRCUIT, (-1, 0), jnp.array([[0, 1], [1, 1]]))
+MASKED = {"kernel": W["kernel"] * MASK["kernel"]}
 ONES = jnp.ones((1, 2))
 ZEROS = lambda key, params: jax.tree.map(jnp.zeros_like, params)
 TYPES = jnp.array([0, 2, 1, 0])
@@ -48,6 +49,18 @@ CALLS = {
     "gradient_dropout": (
         lambda x: masks.gradient_dropout(KEY, W, THETA, level=x), 0.5, 1.5,
     ),
+    "perturb": (
+        lambda s: probes.perturb(KEY, W, s, std={"kernel": 1.0}, fraction=s).params, 0.5, -1.0,
+    ),
+    "barrier": (lambda t: probes.barrier(jnp.arange(3.0), jnp.array([0.0, 0.5, 1.0]) * t), 1, 2),
+    "ties": (
+        lambda s: weights.merge(W, [THETA, MASKED], weights.ties(sparsity=s)), 0.5, 1.5,
+    ),
+    "dare": (
+        lambda q: weights.merge(W, [THETA], weights.dare(KEY, drop_rate=q / 2, q=q)), 0.5, 1.5,
+    ),
+    "random_labels": (lambda p: data.random_labels(KEY, W["kernel"], TYPES, p=p, classes=3), 0.5, 1.5),
+    "perplexity_filter": (lambda f: data.perplexity_filter(jnp.arange(4.0), f), 0.5, 1.5),
 }  # fmt: skip
 
 

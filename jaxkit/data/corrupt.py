@@ -20,6 +20,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, PRNGKeyArray, Shaped
 
 from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = ["gaussian", "random_labels", "random_pixels", "shuffled_pixels"]
 
@@ -85,7 +86,7 @@ def random_labels(
         raise TypeError(f"integer labels are due, and {y.dtype} came")
     if classes < 1:
         raise ValueError(f"classes={classes}: at least one class is due")
-    if tree.concrete(p) and not 0 <= float(p) <= 1:
+    if violates(lambda p: (p >= 0) & (p <= 1), p):
         raise ValueError(f"p={p}: a probability in [0, 1] is due")
     if tree.concrete(y) and y.size:
         low, high = np.asarray(y).min(), np.asarray(y).max()

@@ -7,6 +7,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit._rank import decimal
 
 __all__ = ["perplexity", "perplexity_filter"]
@@ -71,7 +72,7 @@ def perplexity_filter(
     """
     if jnp.ndim(perplexities) != 1:
         raise ValueError(f"one perplexity an example was due, and {jnp.shape(perplexities)} came")
-    if tree.concrete(fraction) and not 0 <= fraction <= 1:
+    if violates(lambda f: (f >= 0) & (f <= 1), fraction):
         raise ValueError(f"fraction={fraction}, and a number in [0, 1] was due")
     n = len(perplexities)
     if isinstance(fraction, int | float | np.number):

@@ -23,6 +23,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import trace, tree, weights
+from jaxkit._known import violates
 from jaxkit.data.weight_symmetry import permuted_units
 
 Number = float | Float[Array, ""]
@@ -216,7 +217,7 @@ def dropped_weights(
     >>> sorted(set(dropped.tolist()))
     [0.0, 2.0]
     """
-    if tree.concrete(rate) and not 0 <= rate < 1:
+    if violates(lambda r: (r >= 0) & (r < 1), rate):
         raise ValueError(f"rate={rate}, and a probability in [0, 1) was due")
 
     def drop(path: str, w: Array, key: PRNGKeyArray) -> Array:

@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = ["Perturbed", "perturb"]
 
@@ -71,9 +72,9 @@ def perturb(
     2.0
     """
     tree.check_key(key)
-    if tree.concrete(sigma) and sigma < 0:
+    if violates(lambda s: s >= 0, sigma):
         raise ValueError(f"sigma={sigma}, and 0 or more was due")
-    if tree.concrete(fraction) and not 0 <= fraction <= 1:
+    if violates(lambda f: (f >= 0) & (f <= 1), fraction):
         raise ValueError(f"fraction={fraction} is outside [0, 1]")
     chosen = tree.chosen(params, where)
     if jax.tree.structure(std) != jax.tree.structure(params):
@@ -90,11 +91,11 @@ def perturb(
         push = {path: tree.float32(given[path]) for path in chosen}
     size = jnp.sqrt(sum((stds[path] ** 2 * w.size for path, w in chosen.items()), jnp.float32(0)))
     norm = optax.tree.norm(push)
-    if chosen and tree.concrete(size, norm) and not 0 < size * norm < jnp.inf:
+    if chosen and violates(lambda s, n: (s * n > 0) & (s * n < jnp.inf), size, norm):
         raise ValueError("the std or the direction is zero everywhere, infinite or NaN: no push")
     kept: Any = dict.fromkeys(chosen, True)
     total = sum(w.size for w in chosen.values())
-    if chosen and not (tree.concrete(fraction) and fraction == 1):
+    if chosen and (not tree.concrete(fraction) or violates(lambda f: f == 1, fraction)):
         ranks = tree.flatten(tree.keys(key, params, "perturb fraction"))
         order = {path: jax.random.uniform(ranks[path], w.shape) for path, w in chosen.items()}
         keep = jnp.round(jnp.float32(fraction) * total).astype(jnp.int32)
@@ -106,6 +107,6 @@ def perturb(
     }
     count = sum((jnp.sum(moved[path] != w) for path, w in chosen.items()), jnp.int32(0))
     changed = count / max(total, 1)
-    if chosen and tree.concrete(changed, sigma, fraction) and sigma > 0 and not changed:
+    if chosen and violates(lambda s, c, _: (s == 0) | (c > 0), sigma, changed, fraction):
         raise ValueError(f"a push of sigma={sigma} is lost in rounding: no entry has changed")
     return Perturbed(tree.replace(params, moved), changed)

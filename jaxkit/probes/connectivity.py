@@ -9,6 +9,7 @@ import optax
 from jaxtyping import Array, Float, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = ["Along", "Connectivity", "along", "barrier", "line", "lmc"]
 
@@ -116,7 +117,7 @@ def barrier(
     if error.ndim != 1 or len(error) < 3:
         raise ValueError(f"the error has shape {error.shape}: a curve of 3 or more points was due")
     t = jnp.linspace(0, 1, len(error)) if t is None else jnp.asarray(t)
-    if tree.concrete(t) and not (t[0] == 0 and t[-1] == 1):
+    if violates(lambda t: (t[0] == 0) & (t[-1] == 1), t):
         raise ValueError(f"the places go from {t[0]} to {t[-1]}, and from 0 to 1 was due")
     gap = error - ((1 - t) * error[0] + t * error[-1])
     return gap.max() if at == "gap" else gap[jnp.argmax(error)]

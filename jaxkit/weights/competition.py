@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.weights.merge import Deltas, Method, combine
 from jaxkit.weights.methods import Weights, given
 from jaxkit.weights.sparsify import Scope, scoped
@@ -72,7 +73,7 @@ def pcb(
     """
     if inter not in ("raw", "mixed", "normalized"):
         raise ValueError(f"inter={inter!r}; 'raw', 'mixed' or 'normalized' was due")
-    if isinstance(keep, int | float) and not 0 < keep <= 1:
+    if violates(lambda r: (r > 0) & (r <= 1), keep):
         raise ValueError(f"keep is {keep}, and a number in (0, 1] was due")
     if not 0 <= clip < 0.5:
         raise ValueError(f"clip is {clip}, and a number in [0, 0.5) was due")

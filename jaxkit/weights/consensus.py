@@ -43,12 +43,13 @@ def gossip(stack: PyTree, mixing: Float[Array, "models models"]) -> PyTree:
     if a.ndim != 2 or a.shape[0] != a.shape[1]:
         raise ValueError(f"a square matrix is due, and {a.shape} came")
     if tree.concrete(a):
-        sums = np.asarray([a.sum(1), a.sum(0)], np.float64)
-        if not (np.abs(sums - 1) < 1e-4).all() or (a < 0).any():
+        known = np.asarray(a, np.float64)
+        sums = np.stack([known.sum(1), known.sum(0)])
+        if not (np.abs(sums - 1) < 1e-4).all() or (known < 0).any():
             raise ValueError(
                 "a doubly stochastic matrix is due (no entry below 0, rows and columns that sum to "
                 f"1): the rows sum to {sums[0].tolist()}, the columns to {sums[1].tolist()}, and "
-                f"the least entry is {float(a.min())}"
+                f"the least entry is {known.min()}"
             )
 
     def mix(path: str, leaf: Array) -> Array:

@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.weights.merge import Deltas, Method, combine, total
 from jaxkit.weights.sparsify import Scope, after, drop, scoped, window
 
@@ -228,8 +229,7 @@ def dare(
     single = q is None or jax.tree.structure(q) == jax.tree.structure(0)
     each = {} if single else tree.flatten(q)
     for path, number in each.items() if each else [("", q)]:
-        known = None if number is None or not tree.concrete(number) else np.asarray(number)
-        if known is not None and not ((known > 0) & (known <= 1)).all():
+        if number is not None and violates(lambda q: (q > 0) & (q <= 1), number):
             raise ValueError(
                 f"q{f' of {path!r}' if path else ''} is {number}; due is one in (0, 1]"
             )

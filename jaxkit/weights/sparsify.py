@@ -10,12 +10,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, PRNGKeyArray
 
 from jaxkit import _rank as rank
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.weights.merge import Deltas, Method
 
 Scope = str | int
@@ -82,10 +82,7 @@ def scoped(
 
 def check_share(name: str, value: Any, *, top: bool = False) -> None:
     """Raise unless a known number is in [0, 1), or [0, 1] with `top`."""
-    if not tree.concrete(value):
-        return
-    x = np.asarray(value)
-    if not ((x >= 0) & ((x < 1) | (top & (x == 1)))).all():
+    if violates(lambda x: (x >= 0) & ((x < 1) | (top & (x == 1))), value):
         raise ValueError(f"{name} is {value}, and a number in [0, 1{']' if top else ')'} was due")
 
 
@@ -103,8 +100,7 @@ def window(sparsity: float | Array, outliers: float | Array = 0.0, scope: Scope 
     """
     check_share("sparsity", sparsity)
     check_share("outliers", outliers)
-    known = isinstance(sparsity, int | float) and isinstance(outliers, int | float)
-    if known and outliers > sparsity:
+    if violates(lambda o, s: o <= s, outliers, sparsity):
         raise ValueError(
             f"outliers={outliers} is more than sparsity={sparsity}, of which it is part"
         )
