@@ -54,6 +54,7 @@ from jaxkit.masks.spline import fold_norm, hyperplanes, spline
 from jaxkit.masks.structured import Shrunk, shrink, units
 from jaxkit.masks.tickets import Stability, Ticket, reinit, shuffle, stability, tickets
 from jaxkit.masks.train import (
+    Change,
     ConstrainState,
     Memory,
     Rule,
@@ -76,6 +77,7 @@ from jaxkit.masks.unit_scores import (
 
 __all__ = [
     "BlockSparse",
+    "Change",
     "ConstrainState",
     "Costs",
     "Effective",

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
 from jaxkit.masks.dynamic import cosine
-from jaxkit.masks.exchange import drop_by_sign, drop_each, grow
+from jaxkit.masks.exchange import drop_halves, drop_up, grow
 from jaxkit.masks.score import magnitude, random
 from jaxkit.masks.select import Mask, apply
 from jaxkit.masks.train import Memory, constrain, sparse
@@ -36,9 +36,9 @@ def cl_dst(
 
     The model of the task is what its mask lets through. Entries that earlier tasks use are frozen,
     but the task may read those in its mask. At t = every, 2 every, ... every leaf drops the share
-    r_t of its live entries, along half a cosine from drop_rate to last_drop_rate at `end`, and
-    grows as many that no task uses. Then `remember` it. Start every task with a new optimizer
-    state, at ``apply(store, mask)``.
+    r_t of its n live entries, ceil(r_t n), along half a cosine from drop_rate to last_drop_rate at
+    `end`, and grows as many that no task uses. Then `remember` it. Start every task with a new
+    optimizer state, at ``apply(store, mask)``: that of the last task, which fits, holds its masks.
 
     Args:
       tx: in the paper Adam with learning rate 1e-3.
@@ -47,17 +47,17 @@ def cl_dst(
       key: a typed key for the growth.
       every: steps between two changes.
       end: the end of the cosine, all steps of the task; None: r_t stays drop_rate.
-      drop: which live entries leave: those of smallest "magnitude", nearest zero on either side
-        ("set", see `drop_by_sign`), or of smallest "taylor", (w dL/dw)^2.
+      drop: which live entries leave: those of smallest "magnitude", nearest zero, half of them
+        positive ("set"; what one side lacks the other loses), or of smallest "taylor", (w dL/dw)^2.
       growth: which free entries come in: "random", "unfired" (at random, those that were never in
-        the task's mask first), largest "gradient", or largest "momentum", |m| with m an average of
-        dense gradients, m <- 0.9 m + 0.1 g.
+        the task's mask first), largest "gradient", or largest "momentum", |m| / (sqrt(v) + 1e-8)
+        with Adam's averages of dense gradients, m <- 0.9 m + 0.1 g and v <- 0.999 v + 0.001 g^2.
       drop_rate, last_drop_rate: the shares of the live entries that move, first and last.
       where: the leaves that change; default: the weights.
 
     Raises:
       ValueError: a name that is none of these; at `init`: masks that do not fit, no entry of the
-        mask that is free.
+        mask that is free (outside jit: inside, nothing trains).
       TypeError: a legacy uint32 key.
 
     Reference: M. O. Yildirim, E. C. Gok Yildirim, G. Sokar, D. C. Mocanu, J. Vanschoren, "Continual
@@ -92,9 +92,9 @@ def cl_dst(
     def rule(key, mask, params, grads, step, seen=None):
         rate = cosine(step, drop_rate, end, last_drop_rate)
         if drop == "set":
-            kept = drop_by_sign(mask, params, rate, where=where)
+            kept = drop_halves(mask, params, rate, where=where)
         else:
-            kept = drop_each(mask, _worth(drop, params, grads), rate, where=where)
+            kept = drop_up(mask, _worth(drop, params, grads), rate, where=where)
         # what was dropped may return; a used entry that is out holds no value of its own
         room = jax.tree.map(jnp.logical_or, free, mask)
         promise = _promise(growth, key, params, grads, seen)
@@ -113,14 +113,23 @@ _FIRED = Memory(
 )
 
 
-def _average(m, g):
-    return 0.9 * m + 0.1 * g.astype(m.dtype) if tree.is_inexact(m) else m
+def _no_moments(params, mask):
+    zeros = jax.tree.map(
+        lambda w: jnp.zeros_like(tree.float32(w)) if tree.is_inexact(w) else w, params
+    )
+    return zeros, zeros
 
 
-_MOMENTUM = Memory(
-    lambda params, mask: jax.tree.map(jnp.zeros_like, params),
-    lambda m, mask, grads: jax.tree.map(_average, m, grads),
-)
+def _moments(moments, mask, grads):
+    """Average dense gradients and their squares, as Adam does."""
+    mean = lambda m, g: 0.9 * m + 0.1 * g if tree.is_inexact(m) else m
+    square = lambda v, g: (
+        0.999 * v + 0.001 * jnp.square(tree.float32(g)) if tree.is_inexact(v) else v
+    )
+    return tuple(jax.tree.map(f, m, grads) for f, m in zip((mean, square), moments, strict=True))
+
+
+_MOMENTUM = Memory(_no_moments, _moments)
 
 
 def _worth(name: str, params: PyTree, grads: PyTree) -> PyTree:
@@ -134,7 +143,8 @@ def _promise(name: str, key: Any, params: PyTree, grads: PyTree, seen: PyTree) -
     if name == "gradient":
         return magnitude(grads)
     if name == "momentum":
-        return magnitude(seen)
+        ratio = lambda m, v: jnp.abs(m) / (jnp.sqrt(v) + 1e-8) if tree.is_inexact(m) else m
+        return jax.tree.map(ratio, *seen)
     drawn = random(key, params)
     if name == "random":
         return drawn

@@ -8,14 +8,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.masks.exchange import check_rate, drop_by_sign, grow, update_mask
 from jaxkit.masks.score import random
 from jaxkit.masks.select import Mask, check_sparsity, kept_count
-from jaxkit.masks.train import first_mask, sparse
+from jaxkit.masks.train import Change, first_mask, sparse
 
 First = Any  # a mask, or a function of the first params that returns it
 
@@ -62,8 +64,9 @@ def _check_cubic(sparsity: Any, initial: Any, begin: Any, end: Any, every: Any) 
             f"every={every} is due within the {end - begin} steps from begin={begin} to end={end}"
         )
     for path, s in tree.flatten(sparsity).items():
-        if isinstance(s, int | float) and isinstance(initial, int | float) and 0 < s < initial:
-            at = f" at {path!r}" if path else ""
+        at = f" at {path!r}" if path else ""
+        exempt = bool(path) and isinstance(s, int | float) and s == 0
+        if not exempt and violates(lambda s, i: np.float32(s) >= np.float32(i), s, initial):
             raise ValueError(f"sparsity{at} is {s}, below initial_sparsity={initial}")
 
 
@@ -87,6 +90,21 @@ def _check_kept(params: PyTree, sparsity: Any, where: tree.Where) -> None:
                     f"sparsity at {path!r} is {s}, and keeps none of its {w.size} entries; "
                     f"at most {1 - 1 / w.size:.6g} keeps one"
                 )
+
+
+def _check_first(mask: Mask, params: PyTree, initial: Any, where: tree.Where) -> None:
+    """Raise if a known mask is sparser than the first sparsity, by more than a hundredth."""
+    bits = tree.chosen(params, where)
+    mine = {path: m for path, m in tree.flatten(mask).items() if path in bits}
+    n = sum(w.size for w in bits.values())
+    if n and tree.concrete(mine, initial):
+        live = sum(int(np.asarray(m).sum()) for m in mine.values())
+        due = kept_count(float(initial), n)
+        if live < due - 0.01 * n - len(mine):
+            raise ValueError(
+                f"the first mask keeps {live} of {n} entries, and initial_sparsity={initial} keeps "
+                f"{due}: nothing would be pruned until the cubic is there; give the mask's sparsity"
+            )
 
 
 def _dense(params: PyTree) -> Mask:
@@ -273,34 +291,40 @@ def granet(
     At t = begin, begin + every, ... first `gradual`'s pruning to s_t along the cubic from begin to
     end, by |w| over all chosen leaves together; then `rigl`'s exchange in every leaf, of the share
     r_t that falls along half a cosine from drop_rate to last_drop_rate at `steps`, so also after
-    the pruning has ended.
+    the pruning has ended. What grows starts from zero with fresh optimizer state, also what the
+    pruning has just taken; only an entry that the exchange drops and grows at once keeps both, as
+    in `rigl` and in the authors' code.
 
     Dense-to-sparse is the default. Sparse-to-sparse starts at a mask with its initial_sparsity, in
     the paper ``topk(random(key, params), sparsity=erk(params, 0.5))``. Without growth (both rates
     0) it is `gradual`; with sparsity = initial_sparsity it is `rigl`.
 
     Counts are exact and the last pruning reaches `sparsity` (the authors' code keeps one entry
-    less, and stops one step short of the end of its cubic); a share is rounded, where the code
-    takes the ceiling. Ranked together, a leaf may lose all its entries at extreme sparsity, which
-    `report` shows; a tree of sparsities prevents it.
+    less, stops one step short of the end of its cubic, and exchanges nothing at `begin`); a share
+    is rounded, where the code takes the ceiling. Ranked together, a leaf may lose all its entries
+    at extreme sparsity, which cannot be seen under jit and `report` shows; a tree of sparsities
+    prevents it. To measure the plasticity of the paper, how accuracy recovers from a pruning,
+    compare it before ``apply(params, mask)`` and after some epochs of ``sparse(tx, mask)``.
 
     Args:
       tx: any optax transformation, see `sparse`.
-      sparsity: s_f, one number, or a tree of numbers that ranks each leaf for itself (the paper's
-        uniform variant).
+      sparsity: s_f, one number, or a tree of numbers that ranks each leaf for itself. (`uniform` is
+        nearly the paper's variant of that name, which leaves the classifier at 0.8 from there on
+        and the rest so much sparser.)
       end: the step at which the cubic reaches s_f; the first change at or after it is the last
         pruning.
       steps: all steps of the training: the end of the cosine.
       begin, every: the first change, and the steps between two changes.
       mask: the first mask, or a function of the first params that returns it.
-      initial_sparsity: s_i, that of the first mask.
+      initial_sparsity: s_i, that of the first mask (which may be denser).
       drop_rate, last_drop_rate: the shares of the live entries that move, first and last.
       where: the leaves that change; default: the weights.
 
     Raises:
       ValueError: a sparsity outside [0, 1) or below the first one, a rate outside [0, 1], begin not
         before end, `every` longer than that span; at `init`, a sparsity that leaves a leaf, or one
-        of all leaves, without an entry.
+        of all leaves, without an entry, or a mask that is sparser than initial_sparsity (if it is
+        known, and one number for all leaves).
 
     Reference: S. Liu et al., "Sparse Training via Boosting Pruning Plasticity with
     Neuroregeneration", arXiv:2106.10404.
@@ -315,17 +339,22 @@ def granet(
     """
     _check_cubic(sparsity, initial_sparsity, begin, end, every)
     check_rate(drop_rate, last_drop_rate)
-    numbers = isinstance(sparsity, int | float) and isinstance(initial_sparsity, int | float)
-    pruned = not (numbers and sparsity == initial_sparsity)
+    single = jax.tree.structure(sparsity) == jax.tree.structure(0)
+    pruned = not (single and violates(lambda s, i: s != i, sparsity, initial_sparsity))
     still = all(isinstance(r, int | float) and r == 0 for r in (drop_rate, last_drop_rate))
 
     def rule(key, mask, params, grads, step):
         now = _cubic(sparsity, step, initial_sparsity, begin, end) if pruned else None
         rate = 0.0 if still else cosine(step, drop_rate, steps, last_drop_rate)
-        return update_mask(None, mask, params, grads, sparsity=now, drop_rate=rate, where=where)
+        kept = update_mask(None, mask, params, None, sparsity=now, where=where)
+        return Change(update_mask(None, kept, params, grads, drop_rate=rate, where=where), kept)
 
     def first(params):
         _check_kept(params, sparsity, where)
-        return first_mask(mask, params)
+        made = first_mask(mask, params)
+        tree.check_like(params, made, "mask")
+        if single:
+            _check_first(made, params, initial_sparsity, where)
+        return made
 
     return sparse(tx, first, update=rule, every=every, begin=begin)

@@ -14,7 +14,16 @@ from jaxkit import tree
 from jaxkit.masks.score import magnitude, random
 from jaxkit.masks.select import Mask, prune, topk
 
-__all__ = ["check_rate", "drop_by_sign", "drop_each", "grow", "regrow", "update_mask"]
+__all__ = [
+    "check_rate",
+    "drop_by_sign",
+    "drop_each",
+    "drop_halves",
+    "drop_up",
+    "grow",
+    "regrow",
+    "update_mask",
+]
 
 
 def grow(
@@ -99,6 +108,54 @@ def drop_by_sign(
         drop_each(side, magnitude(params), drop_rate, where=chosen) for side in (positive, other)
     ]
     return jax.tree.map(jnp.logical_or, *sides)
+
+
+def drop_up(
+    mask: Mask, scores: PyTree, drop_rate: float | Array, *, where: tree.Where = None
+) -> Mask:
+    """Drop ceil(drop_rate n) of the n live entries of every leaf, those with the lowest scores."""
+    chosen = tree.select(scores, where)
+    left = lambda bit, m: rank.minus(rank.count(m), _ceil(drop_rate, m)) if bit else 0
+    return _keep(mask, scores, jax.tree.map(left, chosen, mask), chosen)
+
+
+def drop_halves(
+    mask: Mask, params: PyTree, drop_rate: float | Array, *, where: tree.Where = None
+) -> Mask:
+    """Drop ceil(drop_rate n) of the n live entries of every leaf, those nearest zero on both sides.
+
+    Half of them, rounded down, are positive; a side with fewer leaves it to the other.
+    """
+    chosen = tree.select(params, where)
+    every = lambda f, *trees: jax.tree.map(lambda bit, *x: f(*x) if bit else x[0], chosen, *trees)
+    sides = (
+        every(lambda m, w: m & (w > 0), mask, params),
+        every(lambda m, w: m & ~(w > 0), mask, params),
+    )
+
+    def shares(m, up, down):
+        """Return how many of either side leave."""
+        due, ups, downs = _ceil(drop_rate, m).lo, rank.count(up).lo, rank.count(down).lo
+        below = jnp.minimum(due - jnp.minimum(due // 2, ups), downs)
+        return due - below, below
+
+    kept = []
+    for i, side in enumerate(sides):
+        left = lambda m, up, down, own, i=i: rank.count(own).lo - shares(m, up, down)[i]
+        keep = every(left, mask, *sides, side)
+        kept.append(_keep(side, magnitude(params), keep, chosen))
+    return every(jnp.logical_or, *kept)
+
+
+def _ceil(share: float | Array, mask: Array) -> rank.Pair:
+    """Return ceil(share n) for n live entries, in float32 without the last bit of the product."""
+    n = rank.count(mask)
+    return rank.as_pair(jnp.ceil(share * (n.hi * jnp.float32(2**32) + n.lo) * (1 - 2**-22)))
+
+
+def _keep(mask: Mask, scores: PyTree, keep: PyTree, chosen: PyTree[bool]) -> Mask:
+    kept = tree.topk(scores, keep, where=chosen, within=mask)
+    return jax.tree.map(lambda bit, k, m: k if bit else m, chosen, kept, mask)
 
 
 def check_rate(*rates: float | Array) -> None:

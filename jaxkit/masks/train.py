@@ -11,6 +11,7 @@ so that global-norm clipping, trust ratios and preconditioners measure what is t
 """
 
 from collections.abc import Callable
+from functools import reduce
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -21,10 +22,14 @@ from jaxtyping import Array, Int, PRNGKeyArray, PyTree
 from jaxkit import tree
 from jaxkit.masks.select import Mask, keep_where
 
-Rule = Callable[..., Mask]
-"""``rule(key, mask, params, grads, step) -> mask``, and with a `Memory` a sixth argument."""
+Rule = Callable[..., Any]
+"""``rule(key, mask, params, grads, step) -> mask``, and with a `Memory` a sixth argument.
+
+Or -> `Change`, where entries leave and come back at once.
+"""
 
 __all__ = [
+    "Change",
     "ConstrainState",
     "Memory",
     "Rule",
@@ -34,6 +39,16 @@ __all__ = [
     "hold",
     "sparse",
 ]
+
+
+class Change(NamedTuple):
+    """What a rule may return in place of a mask: the mask, and one of what was never out.
+
+    An entry in the mask that is not in `stayed` starts anew, as one that comes in.
+    """
+
+    mask: Mask
+    stayed: Mask
 
 
 class Memory(NamedTuple):
@@ -109,9 +124,11 @@ def sparse(
       mask: a tree of bools like params, or a function of the first params that returns it. It is
         copied into the state, so that a checkpoint of the state is complete and donation safe.
       update: a rule ``(key, mask, params, grads, step) -> mask`` that is called, under ``cond``, at
-        the steps begin, begin + every, ... and end, with the dense gradient, before the update. The
-        state of `tx` is initialized anew at the entries that change sides, in all arrays of the
-        leaf's shape (so also in the factors of a matrix preconditioner, if the leaf is square).
+        the steps begin, begin + every, ... and end, with the dense gradient, before the update.
+        Entries that come in start from zero. The state of `tx` is initialized anew at those that
+        change sides, in all arrays of the leaf's shape (so also in the factors of a matrix
+        preconditioner, if the leaf is square). An entry that goes out and comes back in one change
+        has not changed sides, unless the rule says so with a `Change`.
       every, begin, end: when; traced numbers are fine.
       key: a typed key for rules that draw; each call of the rule gets ``fold_in(key, step)``.
       memory: what the rule remembers; it gets that as its sixth argument.
@@ -182,7 +199,10 @@ def constrain(
 
 
 def _masked(kind, outside, tx, mask, update, every, begin, end, key, memory):
-    """Wrap `tx`: what goes in is masked, and outside the mask goes out ``outside(w)``."""
+    """Wrap `tx`: what goes in is masked, and outside the mask goes out ``outside(w)``.
+
+    Entries that come in are moved by ``outside(w)`` first: to zero, or not at all.
+    """
     inner_tx = optax.with_extra_args_support(tx)
     if key is not None:
         tree.check_key(key)
@@ -196,35 +216,54 @@ def _masked(kind, outside, tx, mask, update, every, begin, end, key, memory):
         folded = None if state.key is None else jax.random.fold_in(state.key, state.step)
         last = () if memory is None else (seen,)
         new = update(folded, state.mask, params, grads, state.step, *last)
-        return new, _renew(tx, state.inner, state.mask, new, keep_where(new, params))
+        new, stayed = new if isinstance(new, Change) else (new, new)
+        old = jax.tree.map(_all, state.mask, stayed, new)
+        moved = jax.tree.map(lambda a, b, o: (a != o) | (b != o), state.mask, new, old)
+        return new, old, _renew(tx, state.inner, moved, keep_where(new, start_of(params, old)))
+
+    def start_of(params, old):
+        begun = lambda w, o: jnp.where(o, w, w + outside(w)) if tree.is_inexact(w) else w
+        return jax.tree.map(begun, params, old)
 
     def step(updates, state, params=None, **extra):
         if params is None:
             raise ValueError("a mask needs the params: tx.update(grads, state, params)")
         now, inner, seen = state.mask, state.inner, state.memory
+        old, start = now, params
         if memory is not None:
             seen = memory.update(seen, now, updates)
         if update is not None:
             due = (state.step >= begin) & ((state.step - begin) % every == 0)
             if end is not None:
                 due = (due & (state.step < end)) | (state.step == end)
-            same = lambda state, *_: (state.mask, state.inner)
-            now, inner = jax.lax.cond(due, change, same, state, params, updates, seen)
+            same = lambda state, *_: (state.mask, state.mask, state.inner)
+            now, old, inner = jax.lax.cond(due, change, same, state, params, updates, seen)
+            start = start_of(params, old)
         updates, inner = inner_tx.update(
-            keep_where(now, updates), inner, keep_where(now, params), **extra
+            keep_where(now, updates), inner, keep_where(now, start), **extra
         )
-        # in the wider of the two dtypes, or w - w would not be 0
-        split = lambda u, w, m: jnp.where(m, u, outside(w)) if tree.is_inexact(w) else u
-        updates = jax.tree.map(split, updates, params, now)
+
+        def split(u, w, m, o):
+            if not tree.is_inexact(w):
+                return u
+            # in the wider of the two dtypes, or w - w would not be 0
+            u = u if update is None else jnp.where(o, u, u + outside(w))
+            return jnp.where(m, u, outside(w))
+
+        updates = jax.tree.map(split, updates, params, now, old)
         count = jnp.asarray(optax.safe_increment(state.step))
         return updates, kind(count, now, inner, state.key, seen)
 
     return optax.GradientTransformationExtraArgs(cast(Any, init), cast(Any, step))
 
 
-def _renew(tx, state, old: Mask, new: Mask, params: PyTree) -> optax.OptState:
-    """Initialize the state of `tx` anew at the entries whose side of the mask changed."""
-    changed = jax.tree.map(lambda a, b: a != b, old, new)
+def _all(*masks: Any) -> Any:
+    """Return what is in all masks of a leaf, if it has any."""
+    return reduce(jnp.logical_and, masks) if masks[0].dtype == bool else masks[0]
+
+
+def _renew(tx, state, changed: Mask, params: PyTree) -> optax.OptState:
+    """Initialize the state of `tx` anew at the entries that changed."""
     # (bools are the masks of wrappers inside, which have rules of their own)
     own = lambda s: tree.is_array(s) and s.dtype != bool
     masked = lambda s: isinstance(s, optax.MaskedNode)

@@ -1,5 +1,8 @@
 """Continual learning with masks: what is in use stays; without shared leaves nothing is lost."""
 
+import math
+from fractions import Fraction
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +10,7 @@ import optax
 import pytest
 
 from jaxkit import masks
+from jaxkit.masks.exchange import drop_halves, drop_up
 from tests.masks import digits
 from tests.masks.test_train import counts, outside
 
@@ -25,16 +29,23 @@ def draw(key, params, sparsity):
 # ------------------------------------------------------------------------------------ one change
 
 
-def by_numpy(w, g, m, mask, used, drop, promise, rate):
+def by_numpy(w, g, mask, used, drop, promise, rate):
     """Drop a share of the live entries by sorting, and grow as many of the free ones."""
-    w, g, m, mask, used = (np.asarray(a).ravel() for a in (w, g, m, mask, used))
+    w, g, mask, used = (np.asarray(a).ravel() for a in (w, g, mask, used))
     kept = mask.copy()
-    groups = [mask & (w > 0), mask & ~(w > 0)] if drop == "set" else [mask]
+    due = math.ceil(Fraction(str(rate)) * int(mask.sum()))
+    groups = [(mask, due)]
+    if drop == "set":
+        up, down = mask & (w > 0), mask & ~(w > 0)
+        fewer = due - min(due // 2, int(up.sum()))
+        below = min(fewer, int(down.sum()))
+        groups = [(up, due - below), (down, below)]
     worth = {"magnitude": np.abs(w), "set": np.abs(w), "taylor": (w * g) ** 2}[drop]
-    for group in groups:
+    for group, n in groups:
         index = np.flatnonzero(group)
         index = index[np.argsort(worth[index], kind="stable")]
-        kept[index[: round(np.float32(rate) * np.float32(index.size))]] = False
+        kept[index[:n]] = False
+    assert kept.sum() == mask.sum() - due
     room = np.flatnonzero((~used | mask) & ~kept)
     room = room[np.argsort(-promise.ravel()[room], kind="stable")]
     kept[room[: mask.sum() - kept.sum()]] = True
@@ -56,20 +67,20 @@ def test_a_change_is_that_of_numpy(drop, growth):
     )
     params = masks.apply(params, mask)
     state, update = tx.init(params), jax.jit(tx.update)
-    now, momentum = np.asarray(mask["w"]), np.zeros(shape)
-    fired = now.copy()
+    now, moments, fired = np.asarray(mask["w"]), np.zeros((2, *shape)), np.asarray(mask["w"])
     for t in range(4):
-        momentum = 0.9 * momentum + 0.1 * np.asarray(grads[t]["w"])
-        fired |= now
+        g = np.asarray(grads[t]["w"], np.float64)
+        moments = np.stack([0.9 * moments[0] + 0.1 * g, 0.999 * moments[1] + 0.001 * g**2])
+        fired = fired | now
         if t == 2:
             drawn = np.asarray(masks.random(jax.random.fold_in(KEY, t), params)["w"])
             promise = {
                 "random": drawn,
                 "unfired": drawn - fired,
                 "gradient": np.abs(grads[t]["w"]),
-                "momentum": np.abs(momentum),
+                "momentum": np.abs(moments[0]) / (np.sqrt(moments[1]) + 1e-8),
             }[growth]
-            args = (params["w"], grads[t]["w"], momentum, now, used["w"], drop, promise, rate)
+            args = (params["w"], grads[t]["w"], now, used["w"], drop, promise, rate)
             now = by_numpy(*args).reshape(shape)
             grown = now & ~np.asarray(mask["w"])
             assert grown.any() and not (grown & np.asarray(used["w"])).any()
@@ -77,6 +88,28 @@ def test_a_change_is_that_of_numpy(drop, growth):
         params = optax.apply_updates(params, updates)
         np.testing.assert_array_equal(masks.current(state)["w"], now)
         assert now.sum() == 24 and not np.asarray(params["w"])[~now].any()
+
+
+def test_half_of_what_leaves_is_positive():
+    """ceil(r n) leave, rounded as fractions are; what one side lacks the other loses."""
+    cases = [  # live positive and negative entries, the share, how many of either are due
+        (18, 6, 0.5, 6, 6), (5, 4, 0.5, 2, 3), (20, 2, 0.5, 9, 2), (1, 9, 0.6, 1, 5),
+        (6, 4, 0.04, 0, 1), (6, 4, 0.0, 0, 0), (15, 15, 0.1, 1, 2), (3, 4, 1.0, 3, 4),
+    ]  # fmt: skip
+    w, mask, rate, due = np.zeros((8, 30)), np.zeros((8, 30), bool), np.zeros(8), np.zeros((8, 2))
+    for i, (up, down, share, *gone) in enumerate(cases):
+        w[i, : up + down] = [*range(1, up + 1), *range(-1, -down - 1, -1)]
+        mask[i, : up + down], rate[i], due[i] = True, share, gone
+        assert sum(gone) == math.ceil(Fraction(str(share)) * (up + down))
+    drops = lambda m, w, r: (drop_halves(m, w, r, where="*"), drop_up(m, w, r, where="*"))
+    trees = {"w": jnp.asarray(mask)}, {"w": jnp.asarray(w)}, jnp.asarray(rate)
+    halves, lowest = jax.jit(jax.vmap(drops))(*trees)
+    gone = mask & ~np.asarray(halves["w"])
+    np.testing.assert_array_equal(
+        np.stack([(gone & (w > 0)).sum(1), (gone & (w < 0)).sum(1)], 1), due
+    )
+    assert (np.abs(np.where(gone, w, 0)).max(1) == due.max(1)).all()
+    np.testing.assert_array_equal((mask & ~np.asarray(lowest["w"])).sum(1), due.sum(1))
 
 
 def test_unfired_entries_come_before_those_that_were_once_active():

@@ -71,6 +71,28 @@ def test_granet_counts_and_growth_at_every_change():
     assert sum(weights(now)) == round(N * 0.1)
 
 
+def test_what_granet_prunes_and_regrows_at_once_starts_from_zero():
+    """Entry 3 leaves by magnitude and returns by gradient; entry 2 was the exchange's to return."""
+    w, grads = jnp.array([[4.0, 3.0, 2.0, 1.0]]), {"w": jnp.array([[0.0, 0.0, 0.0, 9.0]])}
+    tx = masks.granet(
+        optax.sgd(0.1, momentum=0.9), 0.5, end=1, steps=10, every=1, last_drop_rate=0.5
+    )
+    params, state = {"w": w}, tx.init({"w": w})
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["w"], [[4.0, 0.0, 0.0, -0.9]], rtol=1e-6)
+    np.testing.assert_allclose(state.inner[0].trace["w"], [[0.0, 0.0, 0.0, 9.0]], rtol=1e-6)
+    # dropped by the exchange alone, it keeps both
+    tx = masks.rigl(optax.sgd(0.1, momentum=0.9), {"w": w > 0}, every=1, drop_rate=0.5)
+    params, state = {"w": w}, tx.init({"w": w})
+    for _ in range(2):
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(params["w"], [[4.0, 3.0, 2.0, 1 - 0.9 - 1.71]], rtol=1e-6)
+    np.testing.assert_allclose(state.inner[0].trace["w"][0, 3], 17.1, rtol=1e-6)
+
+
 def test_granet_without_growth_is_gradual_bit_for_bit():
     params, _, loss_fn = problem()
     adam = optax.adamw(0.02, weight_decay=0.1)
@@ -194,6 +216,10 @@ def test_set_reaches_every_entry_in_time():
             "below init",
         ),
         (lambda tx: masks.gradual(tx, 0.5, end=10, initial_sparsity=0.6), "below init"),
+        (lambda tx: masks.granet(tx, 0.0, end=5, steps=9, every=1, initial_sparsity=0.5), "below"),
+        (lambda tx: masks.gradual(tx, np.float32(0.3), end=10, initial_sparsity=0.5), "below init"),
+        (lambda tx: masks.gradual(tx, 0.3, end=10, initial_sparsity=jnp.array(0.5)), "below init"),
+        (lambda tx: masks.gradual(tx, {"a": 0.3}, end=10, initial_sparsity=0.5), "at 'a' is 0.3"),
         (lambda tx: masks.granet(tx, 0.5, end=10, steps=20, every=11), "every=11 is due within"),
         (lambda tx: masks.granet(tx, 0.5, end=5, begin=5, steps=20), "begin=5 is due before"),
         (lambda tx: masks.granet(tx, 1.0, end=500, steps=900), r"in \[0, 1\)"),
@@ -219,6 +245,24 @@ def test_a_leaf_that_would_lose_all_its_entries(make):
         make(MOMENTUM, sparsity, end=500).init(params)
     with pytest.raises(ValueError, match=r"keeps 1 entries for 2 leaves; at most 0.964286"):
         make(MOMENTUM, 0.99, end=500).init(params)
+
+
+def test_sparsities_that_are_equal_in_float32_are_equal():
+    """And a leaf of a tree that is 0 is exempt, not below."""
+    for pair in ((0.3, np.float32(0.3)), (np.float32(0.3), 0.3), (jnp.array(0.3), 0.3)):
+        masks.gradual(MOMENTUM, pair[0], end=10, initial_sparsity=pair[1])
+    masks.granet(MOMENTUM, {"a": 0.0, "b": 0.5}, end=500, steps=900, initial_sparsity=0.3)
+
+
+def test_a_first_mask_that_is_sparser_than_the_first_sparsity():
+    """Pruning would stall until the cubic has caught up; traced masks are not looked at."""
+    params, mask, _ = problem()
+    options = {"end": 500, "steps": 900}
+    with pytest.raises(ValueError, match=r"keeps 22 of 56 entries, .* initial_sparsity=0.0 .* 56"):
+        masks.granet(MOMENTUM, 0.9, mask=mask, **options).init(params)
+    half = masks.topk(masks.random(KEY, params), sparsity=masks.erk(params, 0.5))
+    masks.granet(MOMENTUM, 0.9, mask=half, initial_sparsity=0.5, **options).init(params)
+    jax.jit(lambda m: masks.granet(MOMENTUM, 0.9, mask=m, **options).init(params))(mask)
 
 
 def test_set_needs_a_typed_key():

@@ -88,7 +88,7 @@ def test_padding_does_not_count_in_any_layer_and_every_layer_counts_for_itself()
     np.testing.assert_allclose(first, due[0], rtol=1e-6)
     inside = layer(layer(x, own)[0], own)[1] > 0
     np.testing.assert_allclose(second, np.asarray(inside)[np.asarray(tokens)].mean(), rtol=1e-6)
-    with pytest.raises(ValueError, match=r"'down': Incompatible shapes .* \(3, 5\) .* \(2, 5\)"):
+    with pytest.raises(ValueError, match="'down': Incompatible"):
         route.measure(twice, own, x, where="down", tokens=jnp.ones((3, 5), bool))
     with pytest.raises(ValueError, match="'down': no token counts"):
         route.measure(scan, params, x, where="down", tokens=jnp.zeros((2, 5), bool))

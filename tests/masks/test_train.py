@@ -465,7 +465,8 @@ def test_moments_start_anew_where_the_mask_changes(name):
     old = masks.current(state)
     grads = jax.grad(loss_fn)(params)
     new = masks.update_mask(None, old, params, grads, drop_rate=0.5)
-    renewed = _renew(OPTIMIZERS[name], state.inner, old, new, masks.apply(params, new))
+    moved = jax.tree.map(jnp.not_equal, old, new)
+    renewed = _renew(OPTIMIZERS[name], state.inner, moved, masks.apply(params, new))
     first = OPTIMIZERS[name].init(masks.apply(params, new))
     changed = np.asarray(old["a"]["kernel"] != new["a"]["kernel"])
     assert changed.any()
@@ -480,6 +481,35 @@ def test_moments_start_anew_where_the_mask_changes(name):
         elif jnp.ndim(before) == 0:
             np.testing.assert_array_equal(after, before)
     assert seen >= 1
+
+
+@pytest.mark.parametrize("name", ["momentum", "adamw", "adagrad", "schedule_free"])
+def test_entries_that_come_in_start_from_zero_without_a_past(name):
+    """One entry is out at first, with a value; one leaves and returns, and a rule says so or not.
+
+    They are then where an entry is that lay at 0 until now without a gradient, up to the rounding
+    of w + (u - w).
+    """
+    mask = {"w": jnp.array([[True, True, True, False]])}
+    new = {"w": jnp.array([[False, True, True, True]])}
+    params, grads = {"w": jnp.array([[1.0, 2.0, 3.0, 4.0]])}, {"w": jnp.full((1, 4), 0.5)}
+    rest = {"w": jnp.zeros((1, 4))}
+    _, past = OPTIMIZERS[name].update(rest, OPTIMIZERS[name].init(rest), rest)
+    anew, _ = OPTIMIZERS[name].update(grads, past, rest)
+
+    def after(change):
+        tx = masks.sparse(OPTIMIZERS[name], mask, update=lambda *_: change, every=9, begin=1)
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates)["w"][0]
+
+    stayed = {"w": jnp.array([[False, True, False, True]])}
+    said, unsaid = after(masks.Change(new, stayed)), after(new)
+    np.testing.assert_allclose(said[2:], anew["w"][0, 2:], rtol=1e-5, atol=1e-6)
+    assert said[0] == unsaid[0] == 0
+    np.testing.assert_array_equal(said[jnp.array([1, 3])], unsaid[jnp.array([1, 3])])
+    assert unsaid[2] > 2
 
 
 def test_a_rule_of_the_user_with_a_key():

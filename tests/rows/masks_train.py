@@ -185,7 +185,7 @@ OPTIMIZERS = [
     Row(
         "masks.granet",
         lambda params, n: masks.granet(
-            optax.adam(0.1), n, end=2, steps=4, every=1, mask=half, initial_sparsity=0.25
+            optax.adam(0.1), n, end=2, steps=4, every=1, mask=half, initial_sparsity=0.5
         ),
         number=0.8,
     ),
@@ -200,6 +200,7 @@ OPTIMIZERS = [
 ]  # fmt: skip
 
 EXEMPT = {
+    "masks.Change": "a type",
     "masks.ConstrainState": "a type",
     "masks.Entries": "a type",
     "masks.Memory": "a type",
