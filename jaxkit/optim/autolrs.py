@@ -47,6 +47,9 @@ def forecast(
     Raises:
       ValueError: fewer than four losses. (One that is not finite gives inf.)
 
+    Warns:
+      UserWarning: a curve that rises, by more than its noise: a is below 0 then.
+
     Reference: Y. Jin, T. Zhou, L. Zhao, Y. Zhu, C. Guo, M. Canini, A. Krishnamurthy, "AutoLRS:
     Automatic Learning-Rate Schedule by Bayesian Optimization on the Fly", arXiv:2105.10762.
 
@@ -54,6 +57,14 @@ def forecast(
     >>> round(forecast(2 * np.exp(-0.01 * x) + 0.5, 1000), 3)
     0.5
     """
+    value, rises = _extrapolate(losses, at, validation, spacing)
+    if rises:
+        warnings.warn(f"the loss rises: it is extrapolated to {value:g}", stacklevel=2)
+    return value
+
+
+def _extrapolate(losses: Any, at: int, validation: bool, spacing: int) -> tuple[float, bool]:
+    """Return what `forecast` does, and whether the curve rises."""
     from scipy.interpolate import UnivariateSpline
     from scipy.optimize import minimize
 
@@ -61,9 +72,9 @@ def forecast(
     if len(y) < 4:
         raise ValueError(f"at least 4 losses are due to extrapolate, and {len(y)} came")
     if not np.all(np.isfinite(y)):
-        return np.inf
-    if validation and y.max() <= y[0] and y.min() >= y[0]:
-        return float(y[-1])
+        return np.inf, False
+    if validation and y.min() >= y[0]:
+        return float(y[-1]), False
     x = spacing * np.arange(len(y), dtype=np.float64)
 
     def smoothed() -> np.ndarray:
@@ -96,7 +107,10 @@ def forecast(
     fits = [minimize(objective, [s], method="Nelder-Mead", options=options) for s in starts]
     b = -np.exp(min(fits, key=lambda fit: fit.fun).x[0])
     (a, c), _ = solve(b)
-    return float(a * np.exp(b * at) + c)
+    fitted = a * np.exp(b * left_x) + c
+    rise = fitted[-1] - fitted[0]
+    rises = rise > np.ptp(left - fitted) + 1e-9 * np.abs(left).max()
+    return float(a * np.exp(b * at) + c), bool(rises)
 
 
 def autolrs(
@@ -135,7 +149,8 @@ def autolrs(
       An endless iterator of `Stage`; take as many as there are steps to make.
 
     Raises:
-      ValueError: not 0 < low < high.
+      ValueError: not 0 < low < high, or a stage of which every candidate diverges (NaN, inf): what
+        came before it has been yielded.
       ImportError: without scikit-learn.
 
     Reference: as for `forecast`. (A candidate that diverges counts as the worst of its stage.)
@@ -169,7 +184,7 @@ def autolrs(
             free[place] = False
             rate = float(np.exp(grid[place]))
             _, losses = train(state, rate, trial)
-            tried[rate] = forecast(np.asarray(losses), tau)
+            tried[rate], _ = _extrapolate(losses, tau, False, 1)
         return tried
 
     def stages() -> Iterator[Stage]:
@@ -177,6 +192,10 @@ def autolrs(
         while True:
             tried = search(now, tau, trial, rng)
             rate = min(tried, key=lambda r: tried[r])
+            if not np.isfinite(tried[rate]):
+                raise ValueError(
+                    f"every rate that was tried in [{low}, {high}] diverged in {trial} steps"
+                )
             now, losses = train(now, rate, tau)
             yield Stage(rate, now, np.asarray(losses), tried, candidates * trial)
             tau, trial = min(2 * tau, most), min(2 * trial, most // 10)

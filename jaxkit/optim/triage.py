@@ -1,5 +1,6 @@
 """Which runs to go on with, and in which order the data come."""
 
+import math
 from collections.abc import Sequence
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, PRNGKeyArray
 
 from jaxkit import tree
+from jaxkit._rank import decimal
 
 __all__ = ["phased", "stacked", "successive_keep"]
 
@@ -21,8 +23,9 @@ def successive_keep(
 
     Runs with a higher early training loss and lower gradient norms were found to end better in
     supervised fine-tuning of language models: those with the largest z(mean loss) - z(mean log
-    gradient norm) stay, z the score over the runs. Ties keep the lower norm. (A rule of ours; the
-    sign is a finding about language models and is not to be expected elsewhere.)
+    gradient norm) stay, z the score over the runs. Ties keep the lower norm. A run that diverged
+    (NaN, inf) never stays, and does not count in z. (A rule of ours; the sign is a finding about
+    language models and is not to be expected elsewhere.)
 
     Args:
       losses, gradient_norms: of a window of steps of each run; norms before clipping and, if the
@@ -30,7 +33,8 @@ def successive_keep(
       share: of the runs that stay, rounded up.
 
     Raises:
-      ValueError: arrays of other shapes, numbers that are not finite, norms not above 0.
+      ValueError: arrays of other shapes, no run of finite numbers, norms not above 0, or a share
+        outside (0, 1].
 
     Reference: A. Pareja et al., "Unveiling the Secret Recipe: A Guide For Supervised Fine-Tuning
     Small LLMs", arXiv:2412.13337.
@@ -40,17 +44,20 @@ def successive_keep(
     [False, True]
     """
     loss, norm = np.asarray(losses, np.float64), np.asarray(gradient_norms, np.float64)
-    fine = loss.shape == norm.shape and loss.ndim == 2
-    if not fine or not np.all(np.isfinite(loss)) or not np.all(np.isfinite(norm) & (norm > 0)):
+    if not 0 < share <= 1:
+        raise ValueError(f"share={share}, and a number in (0, 1] was due")
+    same = loss.shape == norm.shape and loss.ndim == 2
+    fine = np.flatnonzero(np.isfinite(loss + norm).all(1)) if same else []
+    if not len(fine) or np.any(norm <= 0):
         raise ValueError(
             "finite losses and positive gradient norms are due, as (runs, steps); came "
             f"{loss.shape} and {norm.shape}"
         )
-    size = np.log(norm).mean(1)
-    score = _z(loss.mean(1)) - _z(size)
+    size = np.log(norm[fine]).mean(1)
+    score = _z(loss[fine].mean(1)) - _z(size)
     order = np.lexsort((size, -np.round(score, 12)))
     keep = np.zeros(len(loss), bool)
-    keep[order[: int(np.ceil(share * len(loss)))]] = True
+    keep[fine[order[: math.ceil(decimal(share) * len(loss))]]] = True
     return keep
 
 
