@@ -77,28 +77,48 @@ def min_norm(c: Float[Array, "m m"]) -> Float[Array, " m"]:
     if m > 8:
         raise ValueError(f"{m} objectives, and at most 8 were due: every support is tried")
     bits = np.array([[(s >> i) & 1 for i in range(m)] for s in range(1, 2**m)], bool)
-    scale = jnp.maximum(jnp.max(jnp.abs(c)), jnp.finfo(c.dtype).tiny)
-    c = c / scale
+    cosines, share = _units(c)
 
     def solve(inside):
-        # outside the support: a_i = 0
-        square = jnp.where(inside[:, None] & inside[None, :], c, 0.0)
+        # outside the support: b_i = 0
+        square = jnp.where(inside[:, None] & inside[None, :], cosines, 0.0)
         square = square + jnp.diag(jnp.where(inside, 1e-7, 1.0))
-        a = jnp.linalg.solve(square, inside.astype(c.dtype))
-        a = a / jnp.sum(a)
-        fine = jnp.all(jnp.where(inside, a >= -1e-6, True)) & jnp.all(jnp.isfinite(a))
-        a = jnp.where(inside, jnp.maximum(a, 0), 0)
-        a = a / jnp.sum(a)
-        return jnp.where(fine, a, jnp.nan), jnp.where(fine, a @ c @ a, jnp.inf)
+        b = jnp.linalg.solve(square, jnp.where(inside, share, 0.0))
+        b = b / (b @ share)
+        fine = jnp.all(jnp.where(inside, b >= -1e-6 * jnp.max(jnp.abs(b)), True)) & jnp.all(
+            jnp.isfinite(b)
+        )
+        b = jnp.where(inside, jnp.maximum(b, 0), 0)
+        b = b / (b @ share)
+        return jnp.where(fine, b, jnp.nan), jnp.where(fine, b @ cosines @ b, jnp.inf)
 
     weights, values = jax.vmap(solve)(jnp.asarray(bits))
-    return weights[jnp.argmin(values)]
+    return _simplex(weights[jnp.argmin(values)] * share)
+
+
+def _units(c: Float[Array, "m m"]) -> tuple[Float[Array, "m m"], Float[Array, " m"]]:
+    """Return the cosines of gradients, and the shares a_i of b_i: 1 / length, to the largest.
+
+    In the weights b of the unit gradients nothing hangs on scales: a_i g_i = b_i g_i / |g_i|, up to
+    one factor for all.
+    """
+    square = jnp.diag(c)
+    least = jnp.finfo(c.dtype).tiny
+    length = jnp.sqrt(jnp.where(square > least, square, jnp.maximum(jnp.max(square), least)))
+    return c / length[:, None] / length[None, :], jnp.min(length) / length
+
+
+def _simplex(a: Float[Array, " m"]) -> Float[Array, " m"]:
+    return a / jnp.sum(a)
 
 
 def _best_vertex(
-    objective: Array, rows: Float[Array, "k m"], least: Float[Array, " k"]
+    objective: Array,
+    rows: Float[Array, "k m"],
+    least: Float[Array, " k"],
+    share: float | Float[Array, " m"] = 1.0,
 ) -> Float[Array, " m"]:
-    """Maximize objective . a over the simplex with rows a >= least, over all vertices.
+    """Maximize objective . a / share . a over the simplex with rows a >= least, over all vertices.
 
     NaN if there is no such a.
     """
@@ -116,7 +136,7 @@ def _best_vertex(
         x = jnp.linalg.solve(a, jnp.where(jnp.isfinite(right), right, 0))
         slack = bounds @ x - jnp.where(jnp.isfinite(floor), floor, -jnp.inf)
         fine = jnp.all(jnp.isfinite(x)) & jnp.all(slack >= -1e-5) & ~free
-        return jnp.where(fine, x, 0), jnp.where(fine, objective @ x, -jnp.inf)
+        return jnp.where(fine, x, 0), jnp.where(fine, objective @ x / jnp.sum(share * x), -jnp.inf)
 
     points, values = jax.vmap(vertex)(jnp.asarray(active))
     best = jnp.argmax(values)
@@ -132,12 +152,14 @@ def pareto_direction(
     With rows g_i, C = G G' and v the guidance (the gradient of a loss on held-out data of the
     target domain): a maximizes a' G v over the simplex under C a >= 0, so that to first order no
     objective increases along -G' a. A guidance of 0 gives the shortest direction (`min_norm`). The
-    linear program is solved exactly by trying its vertices: for a few objectives.
+    linear program is solved exactly by trying its vertices, for a few objectives, and in terms of
+    the unit gradients, so that C a >= 0 holds of weak objectives beside strong ones.
 
     Args:
       grads: a stacked tree, every leaf with a leading axis of objectives.
       guidance: a tree like the gradient of one objective; of data that nothing is trained on.
-      normalize: give all g_i the length 1 in C and G v (for objectives of very different scales).
+      normalize: give all g_i the length 1 in G v, too (for objectives of very different scales,
+        of which else the largest draws the weight).
       where: the leaves that all objectives share, which alone count in C and G v; default: every
         float leaf.
 
@@ -152,16 +174,13 @@ def pareto_direction(
     [0.0, 1.0]
     """
     c, v = gram(grads, where=where), gram(grads, guidance, where=where)
-    if normalize:
-        length = jnp.sqrt(jnp.maximum(jnp.diag(c), jnp.finfo(c.dtype).tiny))
-        c, v = c / (length[:, None] * length[None, :]), v / length
-    scale = jnp.maximum(jnp.max(jnp.abs(c)), jnp.finfo(c.dtype).tiny)
-    guided = _best_vertex(v / jnp.maximum(jnp.max(jnp.abs(v)), 1e-30), c / scale, jnp.zeros(len(c)))
-    shortest = min_norm(c)
-    a = jnp.where(jnp.any(v != 0) & jnp.all(jnp.isfinite(guided)), guided, shortest)
-    if normalize:
-        a = a / length
-        a = a / jnp.sum(a)
+    cosines, share = _units(c)
+    w = v * share
+    per = 1.0 if normalize else share
+    guided = _best_vertex(w / jnp.maximum(jnp.max(jnp.abs(w)), 1e-30), cosines, 0 * share, per)
+    shortest = min_norm(cosines) if normalize else min_norm(c) / share
+    b = jnp.where(jnp.any(v != 0) & jnp.all(jnp.isfinite(guided)), guided, shortest)
+    a = _simplex(b * share)
     return Direction(weigh(grads, a), a)
 
 

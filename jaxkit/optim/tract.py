@@ -1,5 +1,6 @@
 """TrAct: a gradient that moves the first layer's activations, not its weights."""
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Inexact
 
 from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = ["tract"]
 
@@ -41,6 +43,9 @@ def tract(
     Returns:
       An array like `grad`, in its dtype.
 
+    Warns:
+      UserWarning: inputs with a mean square above 100 (where it is known: not under jit).
+
     Raises:
       ValueError: damping not above 0, or inputs that do not fit the kernel.
 
@@ -51,7 +56,7 @@ def tract(
     >>> tract(jnp.ones((2, 1)), x, damping=0.5).ravel().tolist()  # 1 / (2 + 0.5), 1 / (0.5 + 0.5)
     [0.4000000059604645, 1.0]
     """
-    if isinstance(damping, int | float) and not damping > 0:
+    if violates(lambda d: d > 0, damping):
         raise ValueError(f"damping={damping}, and a number above 0 was due")
     window, size = grad.shape[:-2], grad.shape[-2]
     if inputs.shape[-1] != size or (window and inputs.ndim != len(window) + 2):
@@ -71,6 +76,12 @@ def tract(
     second = rows.T @ rows / len(rows)
     if axis_name is not None:
         second = jax.lax.pmean(second, axis_name)
+    if violates(lambda c: ~(c > 100), jnp.trace(second) / len(second)):
+        warnings.warn(
+            "the mean square of the inputs is above 100, against which the damping is nothing: "
+            "normalize them",
+            stacklevel=2,
+        )
     flat = tree.float32(grad).reshape(-1, grad.shape[-1])
     damped = second + damping * jnp.eye(len(second), dtype=second.dtype)
     solved = jax.scipy.linalg.cho_solve((jnp.linalg.cholesky(damped), True), flat)

@@ -54,19 +54,67 @@ def test_shortest_direction_is_that_of_a_quadratic_program(m):
 
 
 def test_pareto_direction_is_that_of_a_linear_program():
+    solve = jax.jit(optim.pareto_direction)
     for m in (2, 3, 4):
         for seed in range(6):
             tree, g = gradients(m, seed=seed)
             v = np.random.default_rng(100 + seed).normal(size=12).astype(np.float32)
             guidance = {"a": jnp.asarray(v[:8].reshape(2, 4)), "b": jnp.asarray(v[8:])}
-            found = optim.pareto_direction(tree, guidance)
+            found = solve(tree, guidance)
             a, c = np.asarray(found.weights, np.float64), g @ g.T
             want = linprog(-(g @ v), -c, np.zeros(m), np.ones((1, m)), [1.0])
             np.testing.assert_allclose(a.sum(), 1, rtol=1e-4)
-            assert np.all(c @ a >= -1e-3 * np.abs(c).max()) and np.all(a >= 0)
+            length = np.sqrt(np.diag(c))
+            assert np.all(c @ a >= -1e-5 * length * np.sqrt(a @ c @ a)) and np.all(a >= 0)
             np.testing.assert_allclose(a @ g @ v, -want.fun, rtol=1e-2, atol=1e-2)
             flat = np.concatenate([np.ravel(found.grads["a"]), found.grads["b"]])
             np.testing.assert_allclose(flat, a @ g, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+def test_no_objective_rises_however_unequal_their_scales(normalize):
+    """Relative to |g_i| |d|, for pairs with lengths up to 1e4 apart; by one variable exactly."""
+    rng = np.random.default_rng(1)
+    g = rng.normal(size=(200, 2, 5)) * 10 ** rng.uniform(-2, 2, (200, 2, 1))
+    g, v = g.astype(np.float32), rng.normal(size=(200, 5)).astype(np.float32)
+
+    def solve(both):
+        g, v = both
+        found = optim.pareto_direction({"w": g}, {"w": v}, normalize=normalize)
+        none = optim.pareto_direction({"w": g}, {"w": 0 * v}, normalize=normalize)
+        return found.weights, none.weights, optim.min_norm(g @ g.T)
+
+    found, none, shortest = (
+        np.asarray(a, np.float64) for a in jax.jit(lambda *x: jax.lax.map(solve, x))(g, v)
+    )
+    g, v = g.astype(np.float64), v.astype(np.float64)
+    length = np.linalg.norm(g, axis=2)
+    for a in (found, none, shortest):
+        d = np.einsum("nm,nmd->nd", a, g)
+        falls = np.einsum("nmd,nd->nm", g, d) / (length * np.linalg.norm(d, axis=1)[:, None])
+        assert falls.min() > -1e-5
+    # a_0 = x: both constraints and the objective are linear in it
+    c = np.einsum("nid,njd->nij", g, g)
+    low, high = np.zeros(200), np.ones(200)
+    zero = c[:, :, 1] / (c[:, :, 1] - c[:, :, 0])  # where <g_i, d> = 0
+    low = np.where(c[:, 0, 1] < 0, zero[:, 0], low)
+    high = np.where(c[:, 0, 1] < 0, zero[:, 1], high)
+    pull = np.einsum("nmd,nd->nm", g / length[..., None] if normalize else g, v)
+    x = found[:, 0]
+    if normalize:
+        first, other = x * length[:, 0], (1 - x) * length[:, 1]
+        x = first / (first + other)
+        ends = [e * length[:, 0] / (e * length[:, 0] + (1 - e) * length[:, 1]) for e in (low, high)]
+        low, high = ends
+    want = np.where(pull[:, 0] > pull[:, 1], high, low)
+    np.testing.assert_allclose([x, 1 - x], [want, 1 - want], rtol=1e-3, atol=1e-6)
+
+
+def test_a_weak_objective_beside_a_strong_one_does_not_rise():
+    g = {"w": jnp.array([[1e4, 0.0], [-0.09, 1.0]])}
+    d = optim.pareto_direction(g, {"w": jnp.array([1.0, 0.0])}).grads["w"]
+    assert np.all(g["w"] @ d >= -1e-6 * jnp.linalg.norm(g["w"], axis=1) * jnp.linalg.norm(d))
+    assert d[0] > 0
 
 
 def test_pareto_direction_in_cases_that_are_known():
@@ -164,7 +212,9 @@ def test_tract_of_a_convolution_is_that_of_its_patches(padding):
         np.testing.assert_allclose(
             optim.tract(one, x)[0, 0], optim.tract(one[0, 0], x.reshape(-1, 3)), rtol=1e-9
         )
-    for bad in ({"damping": 0.0}, {"inputs": jnp.ones((2, 4))}):
+    with pytest.warns(UserWarning, match="normalize them"):
+        optim.tract(jnp.ones((3, 2)), 255 * jnp.ones((5, 3)))
+    for bad in ({"damping": 0.0}, {"damping": jnp.float32(-1.0)}, {"inputs": jnp.ones((2, 4))}):
         options = {"grad": jnp.ones((3, 2)), "inputs": jnp.ones((5, 3)), **bad}
-        with pytest.raises(ValueError, match=r"damping=0|do not fit"):
+        with pytest.raises(ValueError, match=r"damping=|do not fit"):
             optim.tract(**options)
