@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = [
     "Asymptote",
@@ -34,6 +35,9 @@ __all__ = [
 def decay_from_half_life(half_life: float | Array, step: float | Array) -> float | Array:
     """Return the decay b = (1/2)^(step / half_life) of an average, in any unit of both (tokens).
 
+    Raises:
+      ValueError: a decay that is 1 in float32 (under jit, where it is not known, it is 1).
+
     Reference: M. Marek, S. Lotfi, A. Somasundaram, A. G. Wilson, M. Goldblum, "Small Batch Size
     Training for Language Models: When Vanilla SGD Works, and Why Gradient Accumulation Is
     Wasteful", arXiv:2507.07101.
@@ -41,7 +45,12 @@ def decay_from_half_life(half_life: float | Array, step: float | Array) -> float
     >>> decay_from_half_life(100.0, 100.0)
     0.5
     """
-    return 0.5 ** (step / half_life)
+    decay = 0.5 ** (step / half_life)
+    if violates(lambda b: b.astype(np.float32) != 1, decay):
+        raise ValueError(
+            f"the decay would be {decay!r}, which is 1 in float32: nothing would decay"
+        )
+    return decay
 
 
 def half_life(decay: float | Array, step: float | Array = 1.0) -> float | Array:
@@ -188,7 +197,7 @@ def fit_asymptote(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> Asy
     `Asymptote.inverse` of a loss tells how much x of the plain method it is worth.
 
     Raises:
-      ValueError: fewer than four points, or x not positive.
+      ValueError: fewer than four points, x not positive, or numbers that are not finite.
 
     Reference: K. Kim, S. Kotha, P. Liang, T. Hashimoto, "Pre-training under infinite compute",
     arXiv:2509.14786.
@@ -201,9 +210,9 @@ def fit_asymptote(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"]) -> Asy
     from scipy.optimize import least_squares
 
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-    if len(x) < 4 or np.any(x <= 0):
+    if len(x) < 4 or np.any(x <= 0) or not np.all(np.isfinite(x * y)):
         raise ValueError(
-            f"at least 4 points with x above 0 are due for three numbers; {len(x)} came"
+            f"at least 4 points of finite numbers with x above 0 are due for three; {len(x)} came"
         )
     unit = np.exp(np.mean(np.log(x)))  # so that the scale does not hang on the exponent
 
@@ -345,7 +354,8 @@ def near_best(
     """Mark the runs whose loss is within a share of the least in their cell (their N and D).
 
     All of them, not the single best one, go into the fit of a law of hyperparameters:
-    ``fit_power_law(lr[m], n[m], d[m], resamples=1000)``.
+    ``fit_power_law(lr[m], n[m], d[m], resamples=1000)``. A run that diverged (NaN, inf) is none of
+    them.
 
     Reference: as for `step_law`.
 
@@ -353,8 +363,10 @@ def near_best(
     [True, True, False, True]
     """
     losses, cells = np.asarray(losses, np.float64), np.asarray(cells)
+    losses = np.where(np.isfinite(losses), losses, np.inf)
     least = {cell: losses[cells == cell].min() for cell in np.unique(cells)}
-    return losses <= (1 + share) * np.array([least[cell] for cell in cells])
+    near = losses <= (1 + share) * np.array([least[cell] for cell in cells])
+    return near & np.isfinite(losses)
 
 
 def lr_sensitivity(

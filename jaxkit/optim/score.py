@@ -75,10 +75,15 @@ def reached(
 
     NaN meets no target. Whether larger is better is due in words: it cannot be guessed.
 
+    Raises:
+      ValueError: not as many steps as values of the metric.
+
     >>> reached([0, 10, 20], [0.3, 0.8, 0.9], 0.75, maximize=True)
     10.0
     """
     values = np.asarray(metric, np.float64)
+    if np.shape(steps) != values.shape:
+        raise ValueError(f"{np.shape(steps)} steps and {values.shape} values of the metric came")
     hit = values >= target if maximize else values <= target
     return float(np.asarray(steps)[np.argmax(hit)]) if hit.any() else np.inf
 

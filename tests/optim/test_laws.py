@@ -27,6 +27,10 @@ def test_critical_batch_sizes_of_the_published_runs():
     np.testing.assert_allclose(found, [754, 968, 1394, 1889, 2535], rtol=2e-3)
     law = optim.fit_power_law(np.array(found), np.array([*STEPS]) / 1e6)
     np.testing.assert_allclose([law.scale, law.exponents[0]], [96.6, 0.463], rtol=0.01)
+    # against the data that they saw, in millions of tokens: the steps at a batch of 256 times 512
+    tokens = np.array([13282, 23438, 46875, 93750, 187500]) * 256 * 512 / 1e6
+    law = optim.fit_power_law(np.array(found), tokens)
+    np.testing.assert_allclose([law.scale, law.exponents[0]], [23.9, 0.463], rtol=2e-3)
 
 
 def test_critical_batch_recovers_its_law_and_says_where_it_is_none():
@@ -67,6 +71,9 @@ def test_step_law_and_its_fit():
         optim.fit_power_law(np.array([1.0, 0.0]), np.array([1.0, 2.0]))
     marked = optim.near_best(np.array([1.0, 1.0024, 1.0026, 5.0]), np.array([7, 7, 7, 8]))
     assert marked.tolist() == [True, True, False, True]
+    diverged = np.array([1.0, 1.001, np.nan, 2.0, np.inf, np.nan])
+    marked = optim.near_best(diverged, np.array([0, 0, 0, 1, 1, 2]))
+    assert marked.tolist() == [True, True, False, True, False, False]
 
 
 def test_half_lives():
@@ -77,6 +84,10 @@ def test_half_lives():
     assert np.isclose(new, 0.9998998, atol=5e-8) and np.isclose(new**512, 0.95)
     with pytest.raises(ValueError, match="is 1 in float32"):
         optim.rescale_decay(0.9999, 10_000, 1)
+    for half in (1e10, np.float64(1e10), jnp.float32(1e10)):
+        with pytest.raises(ValueError, match="is 1 in float32"):
+            optim.decay_from_half_life(half, 1.0)
+    assert jax.jit(lambda h: optim.decay_from_half_life(h, 1.0))(1e10) == 1
     with pytest.raises(ValueError, match="decay=1"):
         optim.rescale_decay(1.0, 512, 1)
 
@@ -111,8 +122,9 @@ def test_asymptotes():
     np.testing.assert_allclose([law.limit, law.exponent], [3.4, 0.7], rtol=1e-3)
     np.testing.assert_allclose(law(1e8), 4.2, rtol=1e-3)
     np.testing.assert_allclose(law.inverse(law(3e8)), 3e8, rtol=1e-6)
-    with pytest.raises(ValueError, match="at least 4 points"):
-        optim.fit_asymptote(x[:3], x[:3])
+    for bad in (x[:3], np.array([1.0, 2.0, np.nan, 4.0])):
+        with pytest.raises(ValueError, match="at least 4 points"):
+            optim.fit_asymptote(x[: len(bad)], bad)
 
 
 def test_mean_logits_are_never_worse_than_the_mean_loss():

@@ -39,6 +39,8 @@ def test_reached_and_joint_calibration():
     assert optim.reached(steps, metric, 0.5, maximize=True) == 30
     assert optim.reached(steps, metric, 0.05, maximize=False) == np.inf
     assert optim.reached(steps, metric, 0.1, maximize=False) == 10
+    with pytest.raises(ValueError, match=r"\(4,\) steps and \(3,\) values"):
+        optim.reached(steps, metric[:3], 0.5, maximize=True)
     rng = np.random.default_rng(0)
     times = rng.uniform(5, 9, (6, 4))
     times[4] = 5.0  # never the best by much, good everywhere
