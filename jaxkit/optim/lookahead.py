@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Int, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = ["LookaheadState", "adamax", "lookahead"]
 
@@ -38,13 +39,15 @@ def lookahead(
     the same, bit by bit: evaluate there, or read the slow weights from the state.
 
     Nothing may follow it in a chain: what changes the update would part fast from slow weights.
+    After a number of updates that is no multiple of k, the slow weights lack the last few.
 
     Args:
       tx: the fast optimizer.
       every: k.
       slow_step: alpha, in (0, 1].
       moments: what becomes of the fast optimizer's state after a synchronization: "keep" it,
-        "reset" it, or "pullback": interpolate it like the weights (float leaves).
+        "reset" it (to ``tx.init`` of the synchronized weights), or "pullback": interpolate it like
+        the weights (float leaves).
 
     Raises:
       ValueError: k below 1, alpha outside (0, 1], other moments, or update without params.
@@ -61,9 +64,9 @@ def lookahead(
     >>> params["w"].item()
     1.0
     """
-    if isinstance(every, int) and every < 1:
+    if violates(lambda k: k >= 1, every):
         raise ValueError(f"every={every}, and 1 or more was due")
-    if isinstance(slow_step, int | float) and not 0 < slow_step <= 1:
+    if violates(lambda a: (a > 0) & (a <= 1), slow_step):
         raise ValueError(f"slow_step={slow_step}, and a number in (0, 1] was due")
     if moments not in ("keep", "reset", "pullback"):
         raise ValueError(f"moments={moments!r}, and 'keep', 'reset' or 'pullback' was due")
@@ -91,12 +94,12 @@ def lookahead(
             target = jax.tree.map(blend, slow, optax.apply_updates(params, updates))
             back = lambda t, w, u: (t - w).astype(u.dtype) if tree.is_inexact(w) else u
             updates = jax.tree.map(back, target, params, updates)
+            after = optax.apply_updates(params, updates)  # what params will be, with rounding
             if moments == "reset":
-                inner = jax.tree.map(lambda new, old: new, tx.init(params), inner)
+                inner = jax.tree.map(lambda new, old: new, tx.init(after), inner)
             if moments == "pullback":
                 inner = anchor = jax.tree.map(blend, anchor, inner)
-            # what params will be after rounding
-            return updates, inner, optax.apply_updates(params, updates), anchor
+            return updates, inner, after, anchor
 
         due = count % every == 0
         args = (updates, inner, state.slow, state.anchor)
@@ -123,6 +126,7 @@ def adamax(
 
     Raises:
       ValueError: b1 or b2 outside [0, 1).
+      TypeError: a leaf of integers, which such steps would not move.
 
     Reference: D. P. Kingma, J. Ba, "Adam: A Method for Stochastic Optimization", arXiv:1412.6980.
 
@@ -133,10 +137,13 @@ def adamax(
     [-0.1, -0.0]
     """
     for name, b in (("b1", b1), ("b2", b2)):
-        if isinstance(b, int | float) and not 0 <= b < 1:
+        if violates(lambda b: (b >= 0) & (b < 1), b):
             raise ValueError(f"{name}={b}, and a number in [0, 1) was due")
 
     def init(params):
+        for path, w in tree.flatten(params).items():
+            if not tree.is_inexact(w):
+                raise TypeError(f"{path!r} has dtype {jnp.result_type(w)}, and floats were due")
         zeros = lambda: jax.tree.map(lambda w: jnp.zeros_like(tree.float32(w)), params)
         return optax.ScaleByAdamState(jnp.zeros((), jnp.int32), zeros(), zeros())
 

@@ -71,6 +71,18 @@ def test_after_every_kth_update_fast_is_slow_to_the_bit_and_moments_are_as_said(
     assert all(jnp.array_equal(low[n], state.slow[n]) for n in low)
 
 
+def test_reset_states_hold_the_synchronized_weights():
+    """Schedule-free SGD keeps a sequence z of its own, which starts at the weights."""
+    free = optax.contrib.schedule_free_sgd(0.1, b1=0.9)
+    tx = optim.lookahead(free, every=3, moments="reset")
+    first = jax.tree.map(lambda g: g[:3], GRADS)
+    (params, state), _ = run(tx, PARAMS, first)
+    want = jax.jit(free.init)(params)
+    assert np.abs(params["w"] - PARAMS["w"]).max() > 1e-3
+    for got, fresh in zip(jax.tree.leaves(state.inner), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(got, fresh)
+
+
 def test_stationary_variance_on_a_noisy_parabola():
     """x <- x - g a (x - xi), a = 0.5, g = 0.4: slow weights have 0.0443, SGD 0.1111."""
     a, g, alpha, k, rho = 0.5, 0.4, 0.5, 5, 0.8
@@ -97,6 +109,8 @@ def test_stationary_variance_on_a_noisy_parabola():
 def test_bad_input():
     for options, match in (
         ({"every": 0}, "every=0"),
+        ({"every": np.int64(0)}, "every=0"),
+        ({"slow_step": jnp.float32(7)}, r"slow_step=7"),
         ({"slow_step": 0.0}, "slow_step=0"),
         ({"moments": "drop"}, "moments='drop'"),
     ):
@@ -118,8 +132,11 @@ def test_adamax_is_the_papers():
             x -= 0.01 / (1 - 0.9 ** (t + 1)) * ratio
         (got, _), _ = run(optim.adamax(0.01), {"w": jnp.asarray(w)}, {"w": jnp.asarray(g)})
         np.testing.assert_allclose(got["w"], x, rtol=1e-12)
-    with pytest.raises(ValueError, match=r"b2=1\.0"):
-        optim.adamax(b2=1.0)
+    for b2 in (1.0, np.float32(1.0), jnp.ones(())):
+        with pytest.raises(ValueError, match=r"b2=1\.0"):
+            optim.adamax(b2=b2)
+    with pytest.raises(TypeError, match="'steps' has dtype int32, and floats were due"):
+        optim.adamax().init({"w": jnp.ones(2), "steps": jnp.arange(2)})
 
 
 def test_adam_of_optax_has_the_papers_properties():
