@@ -15,6 +15,7 @@ from jax.experimental.layout import Layout, with_layout_constraint
 from jaxtyping import Array, Int, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = ["Basis", "BasisState", "in_basis"]
 
@@ -83,6 +84,10 @@ def in_basis(
       skip_first: the first update is zero, and only the bases learn from its gradient (`learn`,
         then `first`).
 
+    Raises:
+      ValueError: b1 or b2 outside [0, 1), every below 1, or, in update, a weight decay (of other
+        than 0) without params.
+
     >>> own = Basis(lambda w: (), lambda s, g: g, lambda s, x: x)
     >>> tx = in_basis(lambda params: {"w": own}, eps=0.0)
     >>> params = {"w": jnp.array([1.0, 2.0])}
@@ -95,7 +100,12 @@ def in_basis(
         found = bases(params) if paths else {}
         return [found[path] for path in paths]
 
-    no_decay = isinstance(weight_decay, int | float) and weight_decay == 0  # do not read params
+    for name, b in (("b1", b1), ("b2", b2)):
+        if violates(lambda b: (b >= 0) & (b < 1), b):
+            raise ValueError(f"{name}={b}, and a number in [0, 1) was due")
+    if violates(lambda k: k >= 1, every):
+        raise ValueError(f"every={every}, and 1 or more was due")
+    no_decay = violates(lambda d: d != 0, weight_decay)  # then params are not read
 
     def init(params: PyTree) -> BasisState:
         leaves, structure = jax.tree.flatten(params)
@@ -113,6 +123,8 @@ def in_basis(
         leaves, structure = jax.tree.flatten(updates)
         if not leaves:
             return updates, state
+        if params is None and not no_decay:
+            raise ValueError("weight decay needs the params: tx.update(grads, state, params)")
         own = of_leaves(updates)
         w = leaves if params is None else jax.tree.leaves(params)
         # where the first step is skipped, it is computed and not taken: a branch around all of it
@@ -131,7 +143,7 @@ def in_basis(
             n = mu / (jnp.sqrt(nu) + eps)
             more, s = b.residual(s, g, x, n)
             u = correction * (b.lift(s, n) + more)
-            if params is not None and not no_decay:
+            if not no_decay:
                 u = u + weight_decay * tree.float32(w)
             s = b.learn(s, g)
             if b.after is not None:

@@ -55,11 +55,13 @@ def fira(
       scale: of the low-rank part (alpha; 0.25 in some of the authors' runs).
       weight_decay: decoupled: -lr weight_decay w.
       limit: the largest growth of |S|.
-      residual: "official" multiplies R P in the residual by `scale` too, as the authors' code does.
+      residual: "paper" as above; "official" multiplies R P in the residual by `scale` too, as the
+        authors' code does.
       where: the matrices to project; default: the weights of two dimensions. The others get Adam.
 
     Raises:
-      ValueError: rank below 1, or a chosen leaf that is no matrix (reshape a convolution first).
+      ValueError: rank or every below 1, b1 or b2 outside [0, 1), another residual, a chosen leaf
+        that is no matrix (reshape a convolution first), or weight decay without params in update.
 
     Reference: X. Chen, K. Feng, C. Li, X. Lai, X. Yue, Y. Yuan, G. Wang, "Fira: Can We Achieve
     Full-rank Training of LLMs Under Low-rank Constraint?", arXiv:2410.01623.
@@ -106,6 +108,8 @@ def galore(
 
 
 def _low_rank(rank: int, scale: Any, where: tree.Where, residual: str | None, limit: Any):
+    if residual not in (None, "paper", "official"):
+        raise ValueError(f"residual={residual!r}, and 'paper' or 'official' was due")
     if rank < 1:
         raise ValueError(f"rank={rank}, and 1 or more was due")
 

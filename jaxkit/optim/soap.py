@@ -10,6 +10,7 @@ from jax.scipy.linalg import block_diag, solve_triangular
 from jaxtyping import Array, Float
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.optim.basis import Basis, in_basis, row_major
 
 __all__ = ["scale_by_soap", "soap"]
@@ -31,14 +32,15 @@ def orthonormal(x: Float[Array, "n n"], block: int = 256) -> Float[Array, "n n"]
     """
     if len(x) <= 2 * block:
         return jnp.linalg.qr(x)[0]
-    eye = jnp.eye(len(x), block, dtype=x.dtype)
-    raw, tau = jnp.linalg.qr(x[:, :block], mode="raw")
-    v = jnp.tril(raw.T, -1) + eye
-    inverse = eye[:block] + tau[:, None] * jnp.triu(v.T @ v, 1)
-    t = solve_triangular(inverse, jnp.diag(tau), unit_diagonal=True)
-    rest = x[block:, block:] - v[block:] @ (t.T @ (v.T @ x[:, block:]))
-    q = block_diag(eye[:block], orthonormal(rest, block))
-    return q - v @ (t @ (v.T @ q))
+    with jax.default_matmul_precision("highest"):  # what accelerators round is not orthogonal
+        eye = jnp.eye(len(x), block, dtype=x.dtype)
+        raw, tau = jnp.linalg.qr(x[:, :block], mode="raw")
+        v = jnp.tril(raw.T, -1) + eye
+        inverse = eye[:block] + tau[:, None] * jnp.triu(v.T @ v, 1)
+        t = solve_triangular(inverse, jnp.diag(tau), unit_diagonal=True)
+        rest = x[block:, block:] - v[block:] @ (t.T @ (v.T @ x[:, block:]))
+        q = block_diag(eye[:block], orthonormal(rest, block))
+        return q - v @ (t @ (v.T @ q))
 
 
 @orthonormal.defjvp
@@ -57,6 +59,8 @@ def scale_by_soap(
     weight_decay: float | Array = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
     """Precondition as `soap` does, without its learning rate; multiply by -lr after it."""
+    if violates(lambda d: (d >= 0) & (d < 1), factor_decay):
+        raise ValueError(f"factor_decay={factor_decay}, and a number in [0, 1) was due")
 
     def basis(leaf: Any) -> Basis:
         shape = jnp.shape(leaf)
@@ -98,7 +102,7 @@ def scale_by_soap(
             mu, vectors = lift(s, mu), []
             for d, (f, q) in enumerate(zip(*s, strict=True)):
                 if f is not None and q is not None:
-                    towards = f @ q
+                    towards = jnp.matmul(f, q, precision="highest")
                     order = jnp.argsort(-jnp.sum(q * towards, axis=0))
                     nu = jnp.take(nu, order, axis=d)
                     q = row_major(orthonormal(row_major(towards[:, order])))
@@ -154,6 +158,10 @@ def soap(
       max_size: the largest axis with a factor; one of 10 000 takes 800 MB.
       weight_decay: decoupled: -lr weight_decay w. (The authors' code decays what it has updated,
         which differs by lr^2.)
+
+    Raises:
+      ValueError: every below 1, b1, b2 or factor_decay outside [0, 1), or weight decay without
+        params in update.
 
     Reference: N. Vyas, D. Morwani, R. Zhao, M. Kwun, I. Shapira, D. Brandfonbrener, L. Janson,
     S. Kakade, "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv:2409.11321.
