@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Int, PyTree
 
+from jaxkit import tree
+
 __all__ = ["BilevelState", "bo_rep", "hypergradient"]
 
 Loss = Callable[[PyTree, PyTree, Any], Array]
@@ -17,7 +19,7 @@ class BilevelState(NamedTuple):
     """What `bo_rep` carries.
 
     count: steps made.
-    upper, lower: x and y.
+    upper, lower: x and y; the others are in float32 or wider.
     solution: z, which follows (d_yy g)^-1 d_y f.
     momentum: m, of the upper gradient.
     """
@@ -46,6 +48,7 @@ def hypergradient(
     >>> float(hypergradient(f, g, x, y, y - 3, (None, None)))  # 2 (2 x - 3)
     -2.0
     """
+    solution = jax.tree.map(lambda z, y: z.astype(y.dtype), solution, lower)
     direct = jax.grad(outer)(upper, lower, batch[0])
     along = lambda x: jax.jvp(lambda y: inner(x, y, batch[1]), (lower,), (solution,))[1]
     return optax.tree.sub(direct, jax.grad(along)(upper))
@@ -76,7 +79,8 @@ def bo_rep(
         diverges).
       step: eta, a number or a traced one.
       inner_step: of gradient descent on g.
-      solution_step: nu, below 2 / the largest curvature of g.
+      solution_step: nu, below 2 / the largest curvature of g. Above it z grows in every step, and
+        x ends as NaN without an error: watch ``optax.tree.norm(state.solution)``.
       momentum: beta.
       every: I, upper steps to one refresh of y.
       inner_updates: N, per refresh.
@@ -100,7 +104,7 @@ def bo_rep(
     """
 
     def init(upper: PyTree, lower: PyTree) -> BilevelState:
-        zeros = lambda t: jax.tree.map(jnp.zeros_like, t)
+        zeros = lambda t: jax.tree.map(lambda x: jnp.zeros_like(tree.float32(x)), t)
         return BilevelState(jnp.zeros((), jnp.int32), upper, lower, zeros(lower), zeros(upper))
 
     def update(state: BilevelState, batch: Any) -> BilevelState:
@@ -109,25 +113,27 @@ def bo_rep(
         def refresh(y: PyTree) -> PyTree:
             def one(_, z):
                 g = jax.grad(inner, argnums=1)(x, z, inner_batch)
-                z = jax.tree.map(lambda a, b: a - inner_step * b, z, g)
+                z = jax.tree.map(lambda a, b: (a - inner_step * b).astype(a.dtype), z, g)
                 if radius is None:
                     return z
                 away = optax.tree.sub(z, y)
                 share = jnp.minimum(1.0, radius / jnp.maximum(optax.tree.norm(away), 1e-30))
-                return jax.tree.map(lambda a, b: a + share * b, y, away)
+                return jax.tree.map(lambda a, b: (a + share * b).astype(a.dtype), y, away)
 
             return jax.lax.fori_loop(0, inner_updates, one, y)
 
         y = jax.lax.cond(state.count % every == 0, refresh, lambda y: y, state.lower)
         slope = lambda y: jax.grad(inner, argnums=1)(x, y, inner_batch)
-        curved = jax.jvp(slope, (y,), (state.solution,))[1]
+        along = jax.tree.map(lambda z, y: z.astype(y.dtype), state.solution, y)
+        curved = jax.jvp(slope, (y,), (along,))[1]
         pull = jax.grad(outer, argnums=1)(x, y, outer_batch)
-        follow = lambda z, c, p: z - solution_step * (c - p)
+        follow = lambda z, c, p: z - solution_step * (tree.float32(c) - tree.float32(p))
         z = jax.tree.map(follow, state.solution, curved, pull)
         h = hypergradient(outer, inner, x, y, z, batch)
-        m = jax.tree.map(lambda a, b: momentum * a + (1 - momentum) * b, state.momentum, h)
+        mix = lambda a, b: momentum * a + (1 - momentum) * tree.float32(b)
+        m = jax.tree.map(mix, state.momentum, h)
         length = optax.tree.norm(m) + 1e-10
-        x = jax.tree.map(lambda a, b: a - step * b / length, x, m)
+        x = jax.tree.map(lambda a, b: (a - step * b / length).astype(a.dtype), x, m)
         return BilevelState(state.count + 1, x, y, z, m)
 
     return init, update

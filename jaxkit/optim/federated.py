@@ -20,7 +20,8 @@ class FedHyperState(NamedTuple):
 
 
 def _wide(t: PyTree) -> PyTree:
-    return jax.tree.map(tree.float32, t)
+    """Return the float leaves in float32 or wider, and 0 for others."""
+    return jax.tree.map(lambda x: tree.float32(x) if tree.is_inexact(x) else jnp.zeros(()), t)
 
 
 def fed_hyper(
@@ -34,7 +35,8 @@ def fed_hyper(
 
     With D_t = sum_k p_k w_k - W_t, the mean update of the clients of round t:
     alpha_t = clip(alpha_{t-1} + hyper_rate <D_t, D_{t-1}>, 1 / bound, bound) and
-    W <- W + alpha_t D_t. With hyper_rate = 0 and rate = 1 it is federated averaging.
+    W <- W + alpha_t D_t. With hyper_rate = 0 and rate = 1 it is federated averaging. Leaves that
+    are not floats stay the server's.
 
     Args:
       rate: alpha_0.
@@ -66,14 +68,15 @@ def fed_hyper(
     def update(params, clients, state: FedHyperState, weights=None):
         n = len(jax.tree.leaves(clients)[0])
         p = jnp.full(n, 1 / n) if weights is None else weights / jnp.sum(weights)
-        mean = jax.tree.map(lambda c: jnp.tensordot(p, tree.float32(c), 1), clients)
-        step = jax.tree.map(lambda c, w: c - tree.float32(w), mean, params)
+        mean = lambda c, w: jnp.tensordot(p, c, 1) - w if c.ndim else w  # no float: 0 and 0
+        step = jax.tree.map(mean, _wide(clients), _wide(params))
         agree = optax.tree.vdot(step, state.last)
         if cosine:
             sizes = optax.tree.norm(step) * optax.tree.norm(state.last)
             agree = jnp.where(sizes > 0, agree / jnp.where(sizes > 0, sizes, 1), 0)
         new = jnp.clip(state.rate + hyper_rate * agree, 1 / bound, bound)
-        move = lambda w, d: (tree.float32(w) + new * d).astype(w.dtype)
+        to = lambda w, d: (tree.float32(w) + new * d).astype(w.dtype)
+        move = lambda w, d: to(w, d) if tree.is_inexact(w) else w
         return jax.tree.map(move, params, step), FedHyperState(new, step)
 
     return init, update

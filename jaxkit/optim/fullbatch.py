@@ -38,7 +38,7 @@ def regularized_gradient(
 
     Args:
       loss_fn: ``loss_fn(params, chunk) -> scalar``, a mean over the chunk.
-      params: any tree.
+      params: any tree; the gradient of a leaf that is not of floats is 0.
       chunks: the whole data, every leaf with a leading axis of chunks.
       learning_rate: the current one, of the schedule.
       strength: 0 gives the plain full-batch gradient.
@@ -46,6 +46,9 @@ def regularized_gradient(
       method: "exact" by a Jacobian-vector product, "finite" by the difference of two gradients
         eps / |strength g| apart, as the authors do.
       eps: for "finite".
+
+    Raises:
+      ValueError: another method.
 
     Warns:
       UserWarning: a single chunk.
@@ -59,7 +62,10 @@ def regularized_gradient(
     >>> round(float(g), 4)
     2.2
     """
-    grad = jax.grad(loss_fn)
+    if method not in ("exact", "finite"):
+        raise ValueError(f"method={method!r}, and 'exact' or 'finite' was due")
+    floats = tree.chosen(params, tree.every(params))
+    grad = jax.grad(lambda w, chunk: loss_fn(tree.replace(params, w), chunk))
     number = jax.tree.leaves(chunks)[0].shape[0]
     if number == 1:
         warnings.warn(
@@ -68,15 +74,14 @@ def regularized_gradient(
     share = jnp.full(number, 1 / number) if weights is None else weights / jnp.sum(weights)
 
     def penalized(chunk: Any) -> PyTree:
+        g = grad(floats, chunk)
         if method == "exact":
-            g = grad(params, chunk)
-            curved = jax.jvp(lambda p: grad(p, chunk), (params,), (g,))[1]
+            curved = jax.jvp(lambda p: grad(p, chunk), (floats,), (g,))[1]
             step = strength
         else:
-            g = grad(params, chunk)
             norm = strength * optax.tree.norm(g)
             step = jnp.where(norm > 0, eps / jnp.where(norm > 0, norm, 1), 0)
-            there = jax.tree.map(lambda p, x: p + step * strength * x, params, g)
+            there = jax.tree.map(lambda p, x: p + step * strength * x, floats, g)
             moved = grad(there, chunk)
             scale = jnp.where(norm > 0, 1 / jnp.where(norm > 0, step, 1), 0)
             curved = jax.tree.map(lambda a, b: (a - b) * scale, moved, g)
@@ -88,6 +93,7 @@ def regularized_gradient(
         chunk, part = each
         return jax.tree.map(lambda t, g: t + part * g, total, penalized(chunk)), None
 
-    zeros = jax.tree.map(lambda p: jnp.zeros_like(tree.float32(p)), params)
+    zeros = jax.tree.map(lambda p: jnp.zeros_like(tree.float32(p)), floats)
     total, _ = jax.lax.scan(body, zeros, (chunks, share))
-    return jax.tree.map(lambda t, p: t.astype(p.dtype), total, params)
+    same = jax.tree.map(lambda t, p: t.astype(p.dtype), total, floats)
+    return tree.replace(jax.tree.map(jnp.zeros_like, params), same)

@@ -124,10 +124,31 @@ def test_without_a_penalty_it_is_the_full_gradient_and_chunks_matter_with_one():
         loss, w, ragged, learning_rate=0.0, weights=jnp.array([6.0, 3.0])
     )
     np.testing.assert_allclose(both["k"], jax.grad(loss)(w, x[:9])["k"], rtol=1e-5)
-    norms = jax.vmap(lambda c: jnp.sum(jax.grad(loss)(w, c)["k"] ** 2))(split)
-    assert norms.mean() > jnp.sum(whole**2)
+    # parabolas A_c: the penalty's gradient is mean(A_c A_c) w, but with one chunk mean(A_c)^2 w
+    a = RNG.normal(size=(5, 4, 4))
+    a = jnp.asarray(a @ a.swapaxes(1, 2), jnp.float32)
+    parabola = lambda w, a: 0.5 * w @ a.mean(0) @ w
+    call = lambda chunks: optim.regularized_gradient(parabola, w["k"], chunks, learning_rate=8.0)
+    many = call(a[:, None]) - a.mean(0) @ w["k"]
+    np.testing.assert_allclose(many, (a @ a).mean(0) @ w["k"], rtol=1e-4)
     with pytest.warns(UserWarning, match="one chunk"):
-        optim.regularized_gradient(loss, w, x[None], learning_rate=0.5)
+        one = call(a[None]) - a.mean(0) @ w["k"]
+    np.testing.assert_allclose(one, a.mean(0) @ a.mean(0) @ w["k"], rtol=1e-4)
+    assert w["k"] @ many > 1.1 * w["k"] @ one  # twice the penalties themselves
+
+
+@pytest.mark.parametrize("method", ["exact", "finite"])
+def test_leaves_that_are_no_floats_have_no_gradient(method):
+    loss = lambda p, x: jnp.sum(p["w"] ** 2) * p["n"][1] + jnp.sum(x)
+    params = {"w": jnp.array([1.0, 2.0]), "n": jnp.array([0, 3])}
+    run = lambda s, method: optim.regularized_gradient(
+        loss, params, jnp.zeros((2, 1)), learning_rate=0.4, strength=s, method=method
+    )
+    found = run(0.5, method)
+    np.testing.assert_allclose(found["w"], 6 * (1 + 0.05 * 6) * params["w"], rtol=1e-3)
+    assert found["n"].dtype == jnp.int32 and not np.any(found["n"])
+    with pytest.raises(ValueError, match="method='exakt'"):
+        run(0.5, "exakt")
 
 
 # ------------------------------------------------------------------------------------- bilevel
@@ -171,6 +192,21 @@ def test_hypergradients_and_bo_rep_on_parabolas():
     optimum = -jnp.linalg.solve(hessian, solve(jnp.zeros(2)))
     np.testing.assert_allclose(state.upper, optimum, atol=0.03)
     np.testing.assert_allclose(state.solution, jnp.linalg.solve(a, state.lower - c), atol=0.05)
+
+
+def test_bo_rep_accumulates_in_float32():
+    """Steps that bfloat16 would round away add up; x and y keep their dtype."""
+    low = jnp.bfloat16
+    outer = lambda x, y, _: jnp.sum(x) + jnp.sum(y)
+    inner = lambda x, y, _: 0.5 * jnp.sum(y**2)
+    options = {"step": jnp.float32(0.1), "inner_step": jnp.float32(0.1), "radius": 9.0}
+    init, update = optim.bo_rep(outer, inner, solution_step=1e-3, momentum=0.999, **options)
+    state = init(jnp.zeros(2, low), jnp.ones(3, low))
+    run = lambda s, _: (update(s, (None, None)), None)
+    state = jax.jit(lambda s: jax.lax.scan(run, s, None, length=1000)[0])(state)
+    np.testing.assert_allclose(state.solution, 1 - (1 - 1e-3) ** 1000, rtol=5e-3)
+    np.testing.assert_allclose(state.momentum, 1 - 0.999**1000, rtol=5e-3)
+    assert state.upper.dtype == state.lower.dtype == low
 
 
 def test_a_ball_holds_the_lower_variables():
@@ -219,6 +255,10 @@ def test_fed_hyper_without_hypergradients_is_federated_averaging():
     new, _ = update(params, clients, init(params), share)
     np.testing.assert_allclose(new["w"], share @ clients["w"] / 4, rtol=1e-6)
     assert new["h"].dtype == jnp.bfloat16
+    own, theirs = {"n": jnp.arange(3), **params}, {"n": jnp.full((4, 3), 9), **clients}
+    new, state = update(own, theirs, init(own))
+    assert new["n"].dtype == jnp.int32 and new["n"].tolist() == [0, 1, 2]
+    jax.eval_shape(update, new, theirs, state)
 
 
 def test_the_rate_follows_the_hypergradient_within_its_bounds():
