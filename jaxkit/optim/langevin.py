@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = ["LangevinState", "langevin", "mixture_log_loss", "regret_bound"]
 
@@ -43,6 +44,7 @@ def langevin(
 
     Raises:
       TypeError: a legacy uint32 key.
+      ValueError: num_data not above 0, or a negative temperature.
 
     Reference: M. Welling, Y. W. Teh, "Bayesian Learning via Stochastic Gradient Langevin Dynamics",
     ICML 2011; the use of mixtures: M. Feder, R. Urbanke, Y. Fogel, "The Universality Lens: Why Even
@@ -55,6 +57,11 @@ def langevin(
     0.06
     """
     tree.check_key(key)
+    if violates(lambda n, t: (n > 0) & (t >= 0), num_data, temperature):
+        raise ValueError(
+            f"num_data={num_data} and temperature={temperature}: numbers above 0 and of at least 0 "
+            "were due"
+        )
 
     def init(params):
         return LangevinState(jnp.zeros((), jnp.int32), key)

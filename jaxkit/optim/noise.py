@@ -8,6 +8,7 @@ import optax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = ["NoiseScale", "gradient_noise", "gradient_noise_scale", "weight_noise"]
 
@@ -49,7 +50,7 @@ def gradient_noise(
     0.55
     """
     tree.check_key(key)
-    if isinstance(variance, int | float) and variance < 0:
+    if violates(lambda v: v >= 0, variance):
         raise ValueError(f"variance={variance}, and a number of at least 0 was due")
 
     def init(params):
@@ -99,7 +100,7 @@ def weight_noise(key: PRNGKeyArray, batch: int, *, small: float | Array) -> Floa
     3.0
     """
     tree.check_key(key)
-    if isinstance(small, int | float) and not 0 < small <= batch:
+    if violates(lambda m: (m > 0) & (m <= batch), small):
         raise ValueError(f"small={small}, and a number in (0, {batch}] was due")
     return 1 + jnp.sqrt(batch / jnp.asarray(small) - 1) * jax.random.normal(key, (batch,))
 
@@ -152,7 +153,7 @@ def gradient_noise_scale(
     >>> float(found.signal), float(found.noise), float(found.scale)
     (2.0, 16.0, 8.0)
     """
-    if tree.concrete(small_batch, large_batch) and not 0 < small_batch < large_batch:
+    if violates(lambda b, large: (b > 0) & (b < large), small_batch, large_batch):
         raise ValueError(
             f"small_batch={small_batch} and large_batch={large_batch}: "
             "0 < small_batch < large_batch was due"

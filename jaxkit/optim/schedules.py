@@ -12,6 +12,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
+from jaxkit._known import violates
+
 __all__ = ["cosine_power", "odds", "refined", "rewarm", "stretch", "uba"]
 
 
@@ -70,7 +72,7 @@ def uba(
     >>> [round(float(schedule(t)), 4) for t in (0, 5, 10, 99)]
     [1.0, 0.6667, 0.0, 0.0]
     """
-    if isinstance(phi, int | float) and not phi > 0:
+    if violates(lambda v: v > 0, phi):
         raise ValueError(f"phi={phi}, and a number above 0 was due")
     return _shaped(lambda x: odds(x, 2 / phi), peak, steps, warmup, floor, start)
 
@@ -104,7 +106,7 @@ def cosine_power(
     >>> [round(float(schedule(t)), 4) for t in (0, 5, 10)]
     [1.0, 0.3333, 0.0]
     """
-    if isinstance(power, int | float) and not power >= 1:
+    if violates(lambda p: p >= 1, power):
         raise ValueError(f"power={power}, and a number of at least 1 was due")
 
     def shape(x):
@@ -175,7 +177,7 @@ def stretch(schedule: optax.Schedule, factor: float | Array) -> optax.Schedule:
     >>> [round(float(stretch(steps, 3)(t)), 4) for t in (0, 5, 6, 7)]
     [1.0, 1.0, 0.1, 0.1]
     """
-    if isinstance(factor, int | float) and not factor > 0:
+    if violates(lambda v: v > 0, factor):
         raise ValueError(f"factor={factor}, and a number above 0 was due")
 
     def stretched(count):
@@ -208,7 +210,7 @@ def refined(
       smooth: the width of the median filter as a share of the steps, 0 for none.
 
     Raises:
-      ValueError: fewer than two norms, one that is negative or not finite.
+      ValueError: fewer than two norms, one that is negative or not finite, or another `norm`.
 
     Reference: A. Defazio, A. Cutkosky, H. Mehta, K. Mishchenko, "When, Why and How Much? Adaptive
     Learning Rate Scheduling by Refinement", arXiv:2310.07831.
@@ -217,6 +219,9 @@ def refined(
     [1.0, 0.75, 0.5, 0.25, 0.0]
     """
     from scipy.ndimage import median_filter
+
+    if norm not in ("l1", "l2"):
+        raise ValueError(f"norm={norm!r}, and 'l1' or 'l2' was due")
 
     g = np.asarray(norms, np.float64)
     if g.ndim != 1 or len(g) < 2 or not np.all(np.isfinite(g)) or np.any(g < 0) or not g.any():

@@ -99,6 +99,8 @@ def test_refinement_by_hand_and_what_it_does_to_falling_and_rising_norms():
     for bad in ([1.0], [1.0, np.nan], [1.0, -1.0], [0.0, 0.0], np.ones((2, 2))):
         with pytest.raises(ValueError, match="norms of at least two steps"):
             optim.refined(np.array(bad))
+    with pytest.raises(ValueError, match="norm='L2'"):
+        optim.refined(np.ones(5), norm="L2")
     assert np.all(
         np.isfinite(values(optim.refined(np.array([1.0, 0.0, 2.0]), smooth=0), [0, 1, 2]))
     )
