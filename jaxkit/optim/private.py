@@ -1,10 +1,12 @@
 """Differentially private gradients: clip each example's, sum, add noise; and the accounts.
 
-Per-example gradients are never formed for the kernels of dense layers: the norm of x' dy is
-computed from x and dy while the backward pass goes by (ghost clipping), and a second backward pass
-of the losses, each times its clipping factor, gives the sum.
+Per-example gradients are not formed for the kernels of dense layers: the norm of x' dy is computed
+from x and dy while the backward pass goes by (ghost clipping), and a second backward pass of the
+losses, each times its clipping factor, gives the sum.
 """
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +16,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray, PyTree
 
 from jaxkit import trace, tree
+from jaxkit._known import violates
+from jaxkit.optim import _ghost
+from jaxkit.optim._alone import centred_alone
+from jaxkit.trace.axes import make_jaxpr
 
 __all__ = [
     "Lot",
@@ -27,6 +33,7 @@ __all__ = [
 ]
 
 Loss = Callable[[PyTree, Any], Array]
+EXCEEDED = 1e-9  # how probably a lot is larger than the default size
 
 
 # --------------------------------------------------------------------------- per-example norms
@@ -37,17 +44,31 @@ def example_norms(
 ) -> Float[Array, " batch"]:
     """Return the L2 norm of every example's gradient over all float leaves together, in float32.
 
-    Dense kernels that are used once cost no gradient of their shape: with x the inputs (positions,
-    in) of an example and d the gradients at the outputs (positions, out),
-    |x' d|^2 = sum_ts (x_t . x_s) (d_t . d_s). What else there is (biases, norms, convolutions,
-    embeddings, what is used twice or inside a scan) has its gradient formed example by example.
+    A dense kernel that enters one product as it is (reordered, reshaped or widened at most) costs
+    no gradient of its shape: with x the inputs (positions, in) of an example and d the gradients at
+    the outputs (positions, out), |x' d|^2 = sum_ts (x_t . x_s) (d_t . d_s). What else there is
+    (biases, norms, convolutions, embeddings, kernels that are masked, centred, rounded or otherwise
+    a function of a leaf, that are used twice, or inside a scan or a custom derivative) has its
+    gradient formed example by example.
+
+    Norms are not below the true ones but for float32's rounding: of a kernel that sees several
+    positions, 1.2e-7 (sum_t |x_t| |d_t|)^2 are added to the square, what its sum may have lost.
 
     Args:
       loss_fn: ``loss_fn(params, example) -> scalar`` of one example, without a batch axis. A model
-        that mixes examples (BatchNorm) has no gradient of one example.
+        that mixes examples (BatchNorm) has no gradient of one example: it would take the mean and
+        the variance of this one. With several positions that is a norm within the example (an
+        InstanceNorm), and nothing tells it from one that is meant.
       params: any tree.
       batch: examples along the leading axis of every leaf.
       chunk: so many examples at a time (it divides the batch), to hold less memory; None: all.
+
+    Raises:
+      ValueError: a chunk that does not divide the batch.
+
+    Warns:
+      UserWarning: where an activation of the example has its own mean over one entry subtracted,
+        which leaves zero: a BatchNorm that is not in its evaluation mode, without positions.
 
     Reference: I. Goodfellow, "Efficient Per-Example Gradient Computations", arXiv:1510.01799;
     X. Li, F. Tramèr, P. Liang, T. Hashimoto, "Large Language Models Can Be Strong Differentially
@@ -59,22 +80,42 @@ def example_norms(
     [10.0, 2.0]
     """
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch)
-    ghosts = _ghosts(loss_fn, params, example)
+    params, zero = _beside(batch, (params, jnp.zeros(())))
     own = tree.flatten(params)
-    direct = {p: w for p, w in own.items() if tree.is_inexact(w) and p not in ghosts}
+    closed = make_jaxpr(loss_fn, params, (example,))
+    if line := centred_alone(closed, len(own)):
+        warnings.warn(
+            f"at {line} the loss subtracts from an activation its own mean over one entry, and "
+            "nothing is left: a norm over the batch (BatchNorm) sees one example at a time here. "
+            "Use its running averages, or a norm within examples (LayerNorm, GroupNorm)",
+            stacklevel=2,
+        )
+    ghosts = _ghost.kernels(closed, own)
+    direct = {p: w for p, w in tree.chosen(params, tree.every(params)).items() if p not in ghosts}
+    observed = {path: _ghost.observed(product) for path, product in ghosts.items()}
 
     def squared(example: Any) -> Array:
-        def loss(direct: dict, taps: dict) -> Array:
+        def loss(direct: dict, zeros: dict) -> Array:
             full = tree.replace(params, direct)
-            ops = {path: (_ghost, z) for path, z in taps.items()}
+            ops = {path: (fn, zeros[path]) for path, fn in observed.items()}
             return trace.replay(loss_fn, ops)(full, example) if ops else loss_fn(full, example)
 
-        zeros = dict.fromkeys(ghosts, jnp.zeros(()))
+        zeros = dict.fromkeys(ghosts, zero)
         grads, norms = jax.grad(loss, argnums=(0, 1))(direct, zeros)
         squares = [jnp.sum(jnp.abs(tree.float32(g)) ** 2) for g in grads.values()]
         return sum([*squares, *norms.values()], jnp.zeros(()))
 
     return jnp.sqrt(_in_chunks(jax.vmap(squared), batch, chunk))
+
+
+def _beside(batch: Any, values: Any) -> Any:
+    """Return values that vary over the same axes of shard_map as the batch does.
+
+    The gradient at a value that is the same on all devices is summed over them, examples and all.
+    """
+    here = [jnp.any(x[:1] != x[:1]) & False for x in jax.tree.leaves(batch)]
+    vary = functools.reduce(jnp.logical_or, here, jnp.zeros((), bool))
+    return jax.tree.map(lambda v: jnp.where(vary, v, v) if tree.is_inexact(v) else v, values)
 
 
 def _in_chunks(fn: Callable[[Any], Any], batch: Any, chunk: int | None) -> Any:
@@ -86,66 +127,6 @@ def _in_chunks(fn: Callable[[Any], Any], batch: Any, chunk: int | None) -> Any:
     split = jax.tree.map(lambda x: x.reshape(n // chunk, chunk, *x.shape[1:]), batch)
     out = jax.lax.map(fn, split)
     return jax.tree.map(lambda x: x.reshape(n, *x.shape[2:]), out)
-
-
-def _ghosts(loss_fn: Loss, params: PyTree, example: Any) -> list[str]:
-    """Return the paths of dense kernels whose norm is cheaper without their gradient."""
-    taps = jax.eval_shape(lambda p, e: trace.taps(loss_fn)(p, e)[1], params, example)
-    seen: dict[str, list] = {}
-
-    def look(path: str) -> Callable[..., Any]:
-        def fn(op: trace.Op, x: Array, w: Array) -> Array:
-            axes = zip(op.x_axes, op.y_axes, strict=True)
-            both = any(a is not None and b is not None for a, b in axes)
-            plain = op.primitive == "dot_general" and not op.step and not both
-            positions = x.size // max(1, _consumed(op, w))
-            cheap = 2 * positions**2 <= w.size
-            seen.setdefault(path, []).append(plain and cheap)
-            return op.run(x, w)
-
-        return fn
-
-    for path in taps:
-        replayed = trace.replay(loss_fn, {path: look(path)})
-        try:
-            jax.eval_shape(replayed, params, example)
-        except ValueError:  # an operation that cannot be replaced
-            seen[path] = [False]
-    return [path for path, found in seen.items() if found == [True]]
-
-
-def _consumed(op: trace.Op, w: Array) -> int:
-    return int(np.prod([n for n, axis in zip(w.shape, op.x_axes, strict=True) if axis is not None]))
-
-
-def _ghost(op: trace.Op, x: Array, w: Array, z: Array) -> Array:
-    """Run the operation; the gradient of z is the squared norm of that of w."""
-
-    @jax.custom_vjp
-    def run(x: Array, w: Array, z: Array) -> Array:
-        return op.run(x, w)
-
-    def forward(x: Array, w: Array, z: Array) -> tuple[Array, tuple[Array, Array]]:
-        return op.run(x, w), (x, w)
-
-    def backward(kept: tuple[Array, Array], dy: Array) -> tuple[Array, Array, Array]:
-        x, w = kept
-        dx = jax.vjp(lambda x: op.run(x, w), x)[1](dy)[0]
-        rows = _positions(tree.float32(x), op.x_axes)
-        errors = _positions(tree.float32(dy), op.y_axes)
-        norm = jnp.sum((rows @ rows.T) * (errors @ errors.T))
-        return dx, jnp.zeros_like(w), norm.astype(z.dtype)
-
-    run.defvjp(forward, backward)
-    return run(x, w, z)
-
-
-def _positions(x: Array, axes: tuple[int | None, ...]) -> Float[Array, "positions size"]:
-    """Bring the axes that the leaf contracts (or produces) to the end, and flatten both parts."""
-    own = [a % x.ndim for a in axes if a is not None]
-    rest = [a for a in range(x.ndim) if a not in own]
-    moved = jnp.transpose(x, [*rest, *own])
-    return moved.reshape(int(np.prod([x.shape[a] for a in rest])), -1)
 
 
 # ------------------------------------------------------------------------------------ gradients
@@ -180,6 +161,7 @@ def clipped_sum(
     True
     """
     wide = jax.tree.map(lambda w: tree.float32(w) if tree.is_inexact(w) else w, params)
+    wide = _beside(batch, wide)
     norms = example_norms(loss_fn, wide, batch, chunk=chunk)
     factors = jnp.minimum(1.0, clip / jnp.maximum(norms, jnp.finfo(norms.dtype).tiny))
     if mask is not None:
@@ -245,10 +227,10 @@ def dp_gradient(
     >>> bool(jnp.allclose(grads, jnp.array([[0.6], [0.8 + 0.5]]) / 2))
     True
     """
-    for name, value, least in (("clip", clip, 0), ("lot_size", lot_size, 0)):
-        if isinstance(value, int | float) and not value > least:
-            raise ValueError(f"{name}={value}, and a number above {least} was due")
-    if isinstance(noise_multiplier, int | float) and noise_multiplier < 0:
+    for name, value in (("clip", clip), ("lot_size", lot_size)):
+        if violates(lambda v: v > 0, value):
+            raise ValueError(f"{name}={value}, and a number above 0 was due")
+    if violates(lambda v: v >= 0, noise_multiplier):
         raise ValueError(f"noise_multiplier={noise_multiplier}, and a number of at least 0 was due")
     grads = clipped_sum(
         loss_fn, params, batch, clip=clip, mask=mask, chunk=chunk, axis_name=axis_name
@@ -282,23 +264,26 @@ def poisson_lot(
       key: a typed key.
       num_data: N.
       rate: q = L / N.
-      size: the static length of the result; by default q N plus six standard deviations, which is
-        exceeded once in 1e9 draws (`rate` must be a Python number then). What exceeds it is left
+      size: the static length of the result; by default the least that Binomial(N, q) exceeds with
+        a probability of at most 1e-9 (`rate` must be a known number then). What exceeds it is left
         out.
 
     Raises:
-      ValueError: a rate outside [0, 1].
+      ValueError: a rate outside [0, 1]; a traced rate without a size.
 
     >>> lot = poisson_lot(jax.random.key(0), 1000, 0.1)
     >>> lot.index.shape, 60 < int(lot.mask.sum()) < 140
-    ((157,), True)
+    ((161,), True)
     """
     tree.check_key(key)
-    if isinstance(rate, int | float) and not 0 <= rate <= 1:
+    if violates(lambda q: (q >= 0) & (q <= 1), rate):
         raise ValueError(f"rate={rate}, and a probability was due")
     if size is None:
-        mean = float(rate) * num_data
-        size = min(num_data, int(np.ceil(mean + 6 * np.sqrt(mean * (1 - float(rate))))))
+        if not tree.concrete(rate):
+            raise ValueError("the rate is traced, and does not tell the size of the lot: give it")
+        from scipy.stats import binom
+
+        size = int(binom.isf(EXCEEDED, num_data, np.asarray(rate, np.float64)))
     joins = jax.random.bernoulli(key, rate, (num_data,))
     index = jnp.nonzero(joins, size=size, fill_value=num_data)[0]
     mask = index < num_data
@@ -322,31 +307,52 @@ def _accountant(rate: float, noise_multiplier: float, steps: int) -> Any:
     return accountant.compose(dp_accounting.SelfComposedDpEvent(event, steps))
 
 
-def dp_epsilon(*, rate: float, noise_multiplier: float, steps: int, delta: float) -> float:
+def dp_epsilon(
+    *,
+    rate: float,
+    noise_multiplier: float,
+    steps: int,
+    delta: float,
+    num_data: int | None = None,
+) -> float:
     """Return the epsilon that DP-SGD has spent at `delta`, by its Rényi divergences.
 
     Args:
       rate: q = L / N, with which each example joins a lot.
       noise_multiplier: sigma.
       steps: lots so far.
-      delta: below 1 / N.
+      delta: the probability with which the bound may fail, below 1 / N: publishing one example
+        drawn at random is (0, 1 / N)-private.
+      num_data: N, if delta is to be compared with 1 / N.
 
     Raises:
+      ValueError: a delta outside (0, 1).
       ImportError: without the package dp-accounting.
+
+    Warns:
+      UserWarning: a delta of 1 / N or more.
 
     Reference: M. Abadi et al., arXiv:1607.00133; I. Mironov, K. Talwar, L. Zhang, "Rényi
     Differential Privacy of the Sampled Gaussian Mechanism", arXiv:1908.10530.
     """
+    if not 0 < delta < 1:
+        raise ValueError(f"delta={delta}, and a probability between 0 and 1 was due")
+    if num_data is not None and delta * num_data >= 1:
+        warnings.warn(
+            f"delta={delta} is not below 1 / N = {1 / num_data:.3g}: publishing one of the "
+            f"{num_data} examples would be as private",
+            stacklevel=2,
+        )
     if steps == 0:
         return 0.0
     return float(_accountant(rate, noise_multiplier, steps).get_epsilon(delta))
 
 
 def dp_steps(*, epsilon: float, rate: float, noise_multiplier: float, delta: float) -> int:
-    """Return how many steps a budget of epsilon at delta allows.
+    """Return how many steps a budget of epsilon at delta (below 1 / N: `dp_epsilon`) allows.
 
     Raises:
-      ValueError: not even one: the budget is spent by the first step.
+      ValueError: not even one: the budget is spent by the first step; a delta outside (0, 1).
       ImportError: without the package dp-accounting.
     """
     spent = lambda steps: dp_epsilon(
@@ -370,8 +376,10 @@ def dp_steps(*, epsilon: float, rate: float, noise_multiplier: float, delta: flo
 def dp_noise_multiplier(*, epsilon: float, rate: float, steps: int, delta: float) -> float:
     """Return the least noise multiplier (to 1e-4) with which `steps` steps spend at most epsilon.
 
+    `delta` is to be below 1 / N: see `dp_epsilon`.
+
     Raises:
-      ValueError: a budget that is not above 0.
+      ValueError: a budget that is not above 0; a delta outside (0, 1).
       ImportError: without the package dp-accounting.
     """
     if not epsilon > 0:
