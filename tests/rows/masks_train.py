@@ -185,7 +185,8 @@ OPTIMIZERS = [
     Row(
         "masks.granet",
         lambda params, n: masks.granet(
-            optax.adam(0.1), n, end=2, steps=4, every=1, mask=half, initial_sparsity=0.5
+            optax.adam(0.1), n, end=2, steps=4, every=1, initial_sparsity=0.25,
+            mask=lambda p: masks.topk(masks.magnitude(p), sparsity=0.25),
         ),
         number=0.8,
     ),
