@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxkit import tree
@@ -70,8 +71,7 @@ def deepscale(
     embeddings: int = 3,
     expansion: float = 4.0,
     correlation: Number = 0.221,
-    second_moment: Number = 0.5,
-    activation_correlation: Callable[[Array], Array] = relu_correlation,
+    activation: Callable[[Array], Array] = jax.nn.relu,
 ) -> DeepScale:
     """Return the standard deviations of DeepScaleLM for a Transformer of the given size.
 
@@ -80,16 +80,17 @@ def deepscale(
         embedding      sqrt((1 - p) / embeddings)
         query_key      1 / sqrt(d)
         value_out[l]   sqrt(sqrt((1 - p) / r_l) / d)
-        feed_forward   sqrt(sqrt((1 - p) / (expansion * second_moment)) / d)
+        feed_forward   sqrt(v / d),  v * expansion * E[phi(sqrt(v) z)^2] = 1 - p
         pooler         1 / sqrt(d)
 
+    where v is the variance of the hidden preactivations, ``sqrt(2 (1 - p) / expansion)`` for relu,
     so that with inputs of unit variance the feed-forward block and, if attention is uniform over
     many tokens, the attention block return unit second moments. (Attention over T tokens returns
     ``(r + (1 - r) / T) / r``.) The correlation follows each residual sum
     ``x <- sqrt(lambda2) x + sqrt(beta2) F(x)``, from ``correlation * (1 - p)`` and s = 1::
 
-        c = 1 - p                              after attention
-        c = (1 - p) activation_correlation(r)  after the feed-forward block
+        c = 1 - p             after attention
+        c = (1 - p) kappa(r)  after the feed-forward block, kappa = E[phi phi] / E[phi^2] at v
         r <- (lambda2 s r + beta2 c) / (lambda2 s + beta2),     s <- lambda2 s + beta2
 
     Draw the weights with ``jax.nn.initializers.normal(std)``, and let biases start at zero; the
@@ -108,13 +109,11 @@ def deepscale(
       expansion: the hidden width of the feed-forward block over d.
       correlation: that of two tokens of the input; 0.221 is that of BERT's text with its three
         embeddings.
-      second_moment: ``E[phi(z)^2]`` of the activation for z ~ N(0, 1); 1/2 is relu's.
-      activation_correlation: maps the correlation of two inputs to ``E[phi phi] / E[phi^2]``.
+      activation: phi, elementwise; relu has closed forms, others are integrated numerically.
 
     Raises:
       ValueError: sizes that are not positive, a dropout outside [0, 1), a correlation outside
-        (0, 1], negative factors (where their values are known), or one of `second_moment` and
-        `activation_correlation` changed without the other (another activation needs both).
+        (0, 1], or negative factors (where their values are known).
 
     >>> std = deepscale(256, 4)
     >>> std.value_out.shape, round(float(std.feed_forward) * 16, 4)
@@ -122,26 +121,21 @@ def deepscale(
 
     Reference: Akhil Kedia, Mohd Abbas Zaidi, Sushil Khyalia, Jungho Jung, Harshith Goka, Haejun
     Lee, "Transformers Get Stable: An End-to-End Signal Propagation Theory for Language Models",
-    arXiv 2403.09635.
+    arXiv 2403.09635 (for relu; other activations by the same condition).
     """
     if width < 1 or layers < 1 or embeddings < 1 or expansion <= 0:
         raise ValueError(
             f"width={width}, layers={layers}, embeddings={embeddings}, expansion={expansion}: all "
             "must be positive"
         )
-    changed = not tree.concrete(second_moment) or second_moment != 0.5
-    if changed != (activation_correlation is not relu_correlation):
-        raise ValueError(
-            "second_moment and activation_correlation belong to one activation: give both or none"
-        )
     beta2 = k / layers if beta2 is None else beta2
     lambda2 = 1 - beta2 if lambda2 is None else lambda2
     _check("dropout", dropout, "is not in [0, 1)", lambda p: 0 <= p < 1)
     _check("correlation", correlation, "is not in (0, 1]", lambda r: 0 < r <= 1)
-    _check("second_moment", second_moment, "is not positive", lambda m: m > 0)
     _check("lambda2", lambda2, "is negative", lambda f: f >= 0)
     _check("beta2", beta2, "is negative", lambda f: f >= 0)
     keep = 1.0 - jnp.asarray(dropout)
+    hidden, kappa = _hidden(activation, keep / expansion)
 
     def add(r, s, c):
         total = lambda2 * s + beta2
@@ -149,7 +143,7 @@ def deepscale(
 
     def layer(state, _):
         r, s = add(state[0], state[1], keep)
-        return add(r, s, keep * activation_correlation(r)), state[0]
+        return add(r, s, keep * kappa(r)), state[0]
 
     start = (correlation * keep, jnp.ones_like(keep))
     (last, _), along = jax.lax.scan(layer, start, None, length=layers)
@@ -158,10 +152,45 @@ def deepscale(
         embedding=jnp.sqrt(keep / embeddings),
         query_key=narrow,
         value_out=narrow * (keep / along) ** 0.25,
-        feed_forward=narrow * (keep / (expansion * second_moment)) ** 0.25,
+        feed_forward=narrow * jnp.sqrt(hidden),
         pooler=narrow,
         correlation=jnp.append(along, last),
     )
+
+
+_Z = np.linspace(-9, 9, 1201)
+_DENSITY = np.exp(-(_Z**2) / 2) / np.exp(-(_Z**2) / 2).sum()
+
+
+def _hermite(terms: int) -> Float[np.ndarray, "terms points"]:
+    """Return the density times the orthonormal Hermite polynomials, at the points."""
+    rows = [np.ones_like(_Z), _Z]
+    for k in range(1, terms - 1):
+        rows.append((_Z * rows[k] - math.sqrt(k) * rows[k - 1]) / math.sqrt(k + 1))
+    return np.stack(rows) * _DENSITY
+
+
+def _hidden(phi: Callable[[Array], Array], due: Array) -> tuple[Array, Callable[[Array], Array]]:
+    """Return the v with ``v E[phi(sqrt(v) z)^2] = due``, and the map of correlations there.
+
+    With the coefficients a_k of phi in Hermite polynomials, ``E[phi phi]`` at correlation r is the
+    sum of ``a_k^2 r^k``; what is left of ``E[phi^2]`` after 64 terms counts as one more.
+    """
+    if phi is jax.nn.relu:
+        return jnp.sqrt(2 * due), relu_correlation
+    moment = lambda v: (_DENSITY * phi(jnp.sqrt(v) * _Z) ** 2).sum()
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high) / 2
+        small = jnp.exp(middle) * moment(jnp.exp(middle)) < due
+        return jnp.where(small, middle, low), jnp.where(small, high, middle)
+
+    far = jnp.full((), 20.0, due.dtype)
+    v = jnp.exp(jax.lax.fori_loop(0, 40, halve, (-far, far))[0])
+    squares = (_hermite(64) @ phi(jnp.sqrt(v) * _Z)) ** 2
+    squares = jnp.append(squares, jnp.maximum(moment(v) - squares.sum(), 0))
+    return v, lambda r: (squares * r ** jnp.arange(65)).sum() / squares.sum()
 
 
 def _check(name: str, value: Number, fault: str, holds: Callable[[float], bool]) -> None:

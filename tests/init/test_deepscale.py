@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxkit.init.deepscale import deepscale, relu_correlation, relu_covariance
+from jaxkit.init.kernel import correlation_map, variance_map
 from jaxkit.init.residual import deepscale_wire, residual
 
 KEY = jax.random.key(0)
@@ -48,6 +49,19 @@ def test_the_correlation_recursion_against_plain_python():
     np.testing.assert_allclose(std.value_out, expected, rtol=1e-5)
 
 
+@pytest.mark.parametrize("phi", [jax.nn.gelu, jnp.tanh, jax.nn.leaky_relu])
+def test_the_correlation_recursion_of_other_activations(phi):
+    p, layers, beta2 = 0.1, 6, 0.3
+    std = jax.jit(lambda p: deepscale(64, layers, dropout=p, beta2=beta2, activation=phi))(p)
+    kappa = correlation_map(phi, 64 * float(std.feed_forward) ** 2)
+    r, along = 0.221 * (1 - p), []
+    for _ in range(layers):
+        along.append(r)
+        r = (1 - beta2) * r + beta2 * (1 - p)
+        r = (1 - beta2) * r + beta2 * (1 - p) * float(kappa(r))
+    np.testing.assert_allclose(std.correlation, [*along, r], rtol=5e-5)
+
+
 def test_limits():
     std = deepscale(64, 3, correlation=1.0)
     np.testing.assert_allclose(std.value_out, 1 / 8, rtol=1e-6)  # no dropout, all tokens alike
@@ -62,10 +76,20 @@ def dropped(key, x, p):
     return jnp.where(jax.random.bernoulli(key, p, x.shape), 0, x / (1 - p))
 
 
-@pytest.mark.parametrize("expansion", [2, 4])
-def test_feed_forward_returns_unit_moment(expansion):
+@pytest.mark.parametrize(
+    ("phi", "expansion"),
+    [
+        (jax.nn.relu, 2),
+        (jax.nn.relu, 4),
+        *[(phi, 4) for phi in (jax.nn.gelu, jax.nn.silu, jnp.tanh, jax.nn.leaky_relu)],
+        (jax.nn.sigmoid, 2),
+    ],
+)
+def test_feed_forward_returns_unit_moment(phi, expansion):
     d, p = 256, 0.1
-    std = deepscale(d, 1, dropout=p, expansion=expansion).feed_forward
+    std = deepscale(d, 1, dropout=p, expansion=expansion, activation=phi).feed_forward
+    v = d * float(std) ** 2  # the condition, by another quadrature
+    assert expansion * variance_map(phi, v, sigma_w=math.sqrt(v)) == pytest.approx(1 - p, rel=1e-5)
 
     @jax.jit
     @jax.vmap
@@ -73,7 +97,7 @@ def test_feed_forward_returns_unit_moment(expansion):
         x, up, down, drop = jax.random.split(key, 4)
         up = std * jax.random.normal(up, (d, expansion * d))
         down = std * jax.random.normal(down, (expansion * d, d))
-        y = jax.nn.relu(jax.random.normal(x, (16, d)) @ up) @ down
+        y = phi(jax.random.normal(x, (16, d)) @ up) @ down
         return (dropped(drop, y, p) ** 2).mean()
 
     assert abs(float(moment(jax.random.split(KEY, 8)).mean()) - 1) < 0.03
@@ -157,8 +181,6 @@ def test_bad_input():
         ({"beta2": 2.0}, "lambda2"),
         ({"k": -1.0}, "beta2"),
         ({"expansion": 0}, "positive"),
-        ({"second_moment": 0.425}, "both or none"),
-        ({"activation_correlation": lambda r: r}, "both or none"),
     ):
         with pytest.raises(ValueError, match=message):
             deepscale(16, 2, **options)
