@@ -64,7 +64,7 @@ def input_gain(x: Float[Array, "..."], sigma: float = 1.0) -> Float[Array, ""]:
 
     Raises:
       TypeError: integers (coordinates of pixels are to be scaled first).
-      ValueError: no entry, or (eagerly) data that is all zero.
+      ValueError: no entry, or (where known) data that is all zero or a σ that is not positive.
 
     Reference: C. Hewa Koneputugodage, Y. Ben-Shabat, S. Ramasinghe, S. Gould, "VI3NR: Variance
     Informed Initialization for Implicit Neural Representations", arXiv:2504.19270.
@@ -77,6 +77,8 @@ def input_gain(x: Float[Array, "..."], sigma: float = 1.0) -> Float[Array, ""]:
         raise TypeError(f"float inputs are due, and {x.dtype} came: scale coordinates first")
     if x.size == 0:
         raise ValueError("the gain of no data is not defined")
+    if tree.concrete(sigma) and not np.all(np.asarray(sigma) > 0):
+        raise ValueError(f"sigma must be positive, and {sigma} came")
     second = jnp.square(x.astype(jnp.float32)).mean()
     if tree.concrete(second) and second == 0:
         raise ValueError("the inputs are all zero: no gain gives them a variance")
@@ -155,7 +157,7 @@ def maxout(
     """Return the initializer of the affine maps of maxout units: Var W = c/fan_in, c = 1/M.
 
     M = E (max of `rank` standard normals)², so that the second moment of units is kept: c = 1, 1,
-    0.78391, 0.64461, 0.55555 for ranks 1 to 5. The maps of a unit are adjacent on the last axis,
+    0.78391, 0.64461, 0.55555 for ranks 1 to 5. The maps of a unit are adjacent on the output axis,
     ``units = z.reshape(*z.shape[:-1], -1, rank).max(-1)``, so that fan_in is the number of units
     (times the taps of a convolution) before. Biases are 0, a linear output layer takes c = 1.
 
@@ -166,7 +168,8 @@ def maxout(
       distribution, **axes: of ``variance_scaling``.
 
     Raises:
-      ValueError: rank or pool < 1, or a shape whose last axis `rank` does not divide.
+      ValueError: rank or pool < 1, or a shape whose output axis (the last of ``out_axis``) `rank`
+        does not divide.
 
     Reference: H. Tseran, G. Montúfar, "Expected Gradients of Maxout Networks and Consequences to
     Parameter Initialization", arXiv:2301.06956. (He's scale 2 makes units of rank K grow by 2 M a
@@ -181,11 +184,12 @@ def maxout(
             raise ValueError(f"{name} is an int >= 1, and {value!r} came")
     c = 1 / gauss.pool_moment(rank * pool)
     draw = jax.nn.initializers.variance_scaling(c, "fan_in", distribution, **axes)
+    axis = int(np.ravel(axes.get("out_axis", -1))[-1])
 
     def init(key: Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Array:
-        if shape[-1] % rank:
+        if shape[axis] % rank:
             raise ValueError(
-                f"units of rank {rank} take {rank} features each, adjacent on the last axis, and "
+                f"units of rank {rank} take {rank} features each, adjacent on the axis {axis}, and "
                 f"the shape {tuple(shape)} came"
             )
         return draw(key, shape, dtype, out_sharding=out_sharding)

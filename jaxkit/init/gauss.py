@@ -270,8 +270,8 @@ def pool_moment(k: int, fn: Callable[[Any], Any] = np.square, extreme: str = "ma
     """Return E fn(max(Z_1, ..., Z_k)) for independent Z ~ N(0, 1): ∫ fn(z) k p(z) P(z)^(k-1) dz.
 
     With p and P the normal density and distribution function; by default the second moment of a
-    maxout unit of rank k. The mean over maxima of χ²₁ variables is ``fn`` on ``|Z|``:
-    ``extreme="max_abs"`` and ``"min_abs"`` give E fn(max |Z_i|) and E fn(min |Z_i|).
+    maxout unit of rank k. ``extreme="max_abs"`` and ``"min_abs"`` give E fn(max |Z_i|) and
+    E fn(min |Z_i|); with the default fn those of χ²₁ variables.
 
     Raises:
       ValueError: k < 1, or another `extreme`.
@@ -288,4 +288,9 @@ def pool_moment(k: int, fn: Callable[[Any], Any] = np.square, extreme: str = "ma
     }
     if extreme not in tails:
         raise ValueError(f"extreme is one of {sorted(tails)}, and {extreme!r} came")
-    return expect(lambda z: k * np.asarray(fn(np.asarray(z))) * tails[extreme](np.asarray(z)))
+
+    def integrand(z):
+        z = np.asarray(z)
+        return k * np.asarray(fn(z if extreme == "max" else np.abs(z))) * tails[extreme](z)
+
+    return expect(integrand)

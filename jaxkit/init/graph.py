@@ -98,7 +98,7 @@ def path_lengths(edges: Edges) -> dict[int, int]:
 
 
 def learning_rate_scale(
-    edges: Edges, *, extra: int = 0, base: Sequence[int] = (3,), kernel_size: int = 3
+    edges: Edges, *, extra: int = 3, base: Sequence[int] = (3,), kernel_size: int = 3
 ) -> float:
     """Return the factor from the best learning rate of a base network to this one's.
 
@@ -107,15 +107,17 @@ def learning_rate_scale(
     convolutions leave kernel_size at 3, which cancels.
 
     Args:
-      extra: layers with weights outside the graph on every path (3 in the paper's MLPs and CNNs:
-        stem, one layer and readout; 1 on NAS-Bench-201).
-      base: the lengths of the base network's paths.
+      extra: layers with weights outside the graph on every path: 3 in the paper's MLPs and CNNs
+        (stem, one layer and readout), 1 on NAS-Bench-201 (with ``base=[1]``), 0 where `edges` is
+        the whole network.
+      base: the lengths of the base network's paths, with all their layers: that of the default has
+        the three outside the graph and a skip in it.
 
     Raises:
       ValueError: as `path_lengths`; a network or a base without weights; kernel_size < 1.
 
     >>> chain = [[0, 2, 0, 0], [0, 0, 2, 0], [0, 0, 0, 2], [0, 0, 0, 0]]
-    >>> round(learning_rate_scale(chain, extra=3), 5)
+    >>> round(learning_rate_scale(chain), 5)
     0.35355
     """
     if extra < 0 or kernel_size < 1:

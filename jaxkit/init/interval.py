@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from jaxkit import tree
@@ -30,7 +31,11 @@ Bounds = tuple[Float[Array, "..."], Float[Array, "..."]]
 
 
 def ibp(
-    scale: float = 1.0, *, in_axis: int | Sequence[int] = -2, out_axis: int | Sequence[int] = -1
+    scale: float = 1.0,
+    *,
+    in_axis: int | Sequence[int] = -2,
+    out_axis: int | Sequence[int] = -1,
+    batch_axis: int | Sequence[int] = (),
 ) -> jax.nn.initializers.Initializer:
     """Return N(0, 2π scale²/fan_in²): the half-width of intervals is kept through affine and ReLU.
 
@@ -41,7 +46,8 @@ def ibp(
 
     Args:
       scale: 1/2 for a kernel whose (activated) input is a sum of two branches.
-      in_axis, out_axis: as in ``variance_scaling``.
+      in_axis, out_axis, batch_axis: as in ``variance_scaling``; kernels that are stacked, as for a
+        scan over layers, take ``batch_axis=0``.
 
     Raises:
       ValueError: scale <= 0, or a shape of fewer than two dimensions.
@@ -54,14 +60,16 @@ def ibp(
     """
     if not scale > 0:
         raise ValueError(f"scale is positive, and {scale} came")
-    outs = [out_axis] if isinstance(out_axis, int) else list(out_axis)
+    others = [int(axis) for axis in (*np.ravel(out_axis), *np.ravel(batch_axis))]
 
     def init(key: Array, shape: Any, dtype: Any = None, out_sharding: Any = None) -> Array:
         if len(shape) < 2:
             raise ValueError(f"a kernel of two or more dimensions is due, and {tuple(shape)} came")
-        fan_in = math.prod(shape) // max(1, math.prod(shape[axis] for axis in outs))
+        fan_in = math.prod(shape) // max(1, math.prod(shape[axis] for axis in others))
         variance = 2 * math.pi * scale**2 / max(1, fan_in)
-        draw = jax.nn.initializers.variance_scaling(variance, "fan_in", "normal", in_axis, out_axis)
+        draw = jax.nn.initializers.variance_scaling(
+            variance, "fan_in", "normal", in_axis, out_axis, batch_axis
+        )
         return draw(key, shape, dtype, out_sharding=out_sharding)
 
     return init

@@ -86,20 +86,27 @@ def test_bump_networks_keep_activations_and_where_balanced_gradients(ratio, grow
     np.testing.assert_allclose(math.sqrt(chi), growth, atol=2e-3)
 
 
-def test_vi3nr_keeps_preactivations_at_one():
-    init = vi3nr(jnp.tanh)
-    keys = jax.random.split(jax.random.key(0), 10)
-    x = jax.random.uniform(keys[0], (200, 45)) * 3 - 1
+@pytest.mark.parametrize(("scale", "mean"), [(20.0, 5.0), (1.0, 5.0)])
+def test_vi3nr_keeps_preactivations_at_one(scale, mean):
+    """Inputs with a mean, and with one that outweighs their deviation."""
+    n, depth, init = 256, 8, vi3nr(jnp.tanh)
+    x = scale * jax.random.normal(jax.random.key(1), (64, n)) + mean
+    rms = math.sqrt(float(x.mean()) ** 2 + float(x.var()))
+    assert float(input_gain(x, 2.0)) == pytest.approx(2 / rms, rel=1e-5)
     first = jax.nn.initializers.variance_scaling(float(input_gain(x)) ** 2, "fan_in", "uniform")
-    z = x @ first(keys[1], (45, 256))
-    stds = [float(z.std())]
-    for k in keys[2:]:
-        z = jnp.tanh(z) @ init(k, (256, 256))
-        stds.append(float(z.std()))
-    # the first layer sees 45 inputs with a mean: its draw is noisier
-    assert abs(stds[0] - 1) < 0.2
-    np.testing.assert_allclose(stds[1:], 1.0, atol=0.07)
-    w = np.asarray(init(keys[0], (256, 256)))
+
+    @jax.jit
+    @jax.vmap
+    def moments(key):
+        keys = jax.random.split(key, depth)
+        z = x @ first(keys[0], (n, n))
+        layer = lambda z, key: ((z := jnp.tanh(z) @ init(key, (n, n), jnp.float32)), z)
+        later = jax.lax.scan(layer, z, keys[1:])[1]
+        return jnp.square(jnp.concatenate([z[None], later])).mean((1, 2))
+
+    stds = np.sqrt(moments(jax.random.split(jax.random.key(0), 8)).mean(0))
+    np.testing.assert_allclose(stds, 1.0, atol=0.07)
+    w = np.asarray(init(jax.random.key(0), (n, n)))
     assert np.abs(w).max() <= math.sqrt(3) * gain(jnp.tanh) / 16
 
 
@@ -119,6 +126,11 @@ def test_gain_bad_input():
         input_gain(jnp.arange(4))
     with pytest.raises(ValueError, match="all zero"):
         input_gain(jnp.zeros(4))
+    for sigma in (0.0, -1.0, jnp.zeros(()), np.float32(-2)):
+        with pytest.raises(ValueError, match="sigma must be positive"):
+            input_gain(jnp.ones(4), sigma)
+    zero = jnp.zeros(())
+    assert jnp.isfinite(jax.jit(lambda s: input_gain(jnp.ones(4), s))(zero))  # traced: not known
     with pytest.raises(ValueError, match="no sigma in"):
         balanced_sigma(jnp.tanh)
 
@@ -206,8 +218,15 @@ def test_deep_maxout_learns_digits():
 
 
 def test_maxout_bad_input():
-    with pytest.raises(ValueError, match="units of rank 5"):
-        maxout(5)(jax.random.key(0), (8, 12))
+    for init, shape in (
+        (maxout(5), (10, 12)),
+        (maxout(5, in_axis=1, out_axis=0), (12, 10)),
+        (maxout(5, in_axis=0, out_axis=(1, 2)), (10, 10, 4)),
+    ):
+        with pytest.raises(ValueError, match="units of rank 5"):
+            init(jax.random.key(0), shape)
+    turned = maxout(5, in_axis=1, out_axis=0)(jax.random.key(0), (200, 300))
+    assert float(turned.var()) * 300 == pytest.approx(0.55555, rel=0.02)
     for options in ({"rank": 0}, {"pool": 0}, {"rank": 2.0}):
         with pytest.raises(ValueError, match=r"int >= 1"):
             maxout(**options)
@@ -218,14 +237,18 @@ def test_maxout_bad_input():
 
 def test_learning_rate_scales():
     chain = np.diag([2] * 6, 1)
-    assert learning_rate_scale(chain) == pytest.approx(2**-1.5)
+    whole = functools.partial(learning_rate_scale, extra=0)  # the graph is the whole network
+    assert whole(chain) == pytest.approx(2**-1.5)
     parallel = np.zeros((6, 6), int)
     for i, j in [(0, 1), (1, 2), (2, 5), (0, 3), (3, 4), (4, 5)]:
         parallel[i, j] = 2
     assert path_lengths(parallel) == {3: 2}
-    assert learning_rate_scale(parallel) == pytest.approx(1 / math.sqrt(2))
-    assert learning_rate_scale(chain, kernel_size=5) == pytest.approx(2**-1.5 * 3 / 5)
+    assert whole(parallel) == pytest.approx(1 / math.sqrt(2))
+    assert whole(chain, kernel_size=5) == pytest.approx(2**-1.5 * 3 / 5)
+    # by default with the stem, one layer and the readout that the base network has as well
     skip = [[0, 1], [0, 0]]
+    assert learning_rate_scale(skip) == pytest.approx(1)
+    assert learning_rate_scale([[0, 2], [0, 0]]) == pytest.approx((4 / 3) ** -1.5)
     assert learning_rate_scale(skip, extra=1, base=[1]) == pytest.approx(1)
 
 
@@ -267,6 +290,12 @@ def test_degree_one_is_he():
     np.testing.assert_array_equal(architecture_aware()(key, (8, 8)), HE(key, (8, 8)))
 
 
+@pytest.mark.parametrize(("fan", "size"), [("fan_in", 300), ("fan_out", 500)])
+def test_either_fan_of_architecture_aware(fan, size):
+    w = architecture_aware(3, fan=fan)(jax.random.key(0), (300, 500))
+    assert float(w.var()) * 3 * size == pytest.approx(2, rel=0.02)
+
+
 def test_graph_bad_input():
     with pytest.raises(ValueError, match="cycle"):
         path_lengths([[0, 2, 0], [0, 0, 2], [0, 2, 0]])
@@ -277,7 +306,7 @@ def test_graph_bad_input():
     with pytest.raises(ValueError, match="edges are"):
         in_degrees([[0, 3], [0, 0]])
     with pytest.raises(ValueError, match="layers with weights"):
-        learning_rate_scale([[0, 1], [0, 0]])
+        learning_rate_scale([[0, 1], [0, 0]], extra=0)
     with pytest.raises(ValueError, match="degree 1 or more"):
         architecture_aware(0)
 
@@ -313,6 +342,21 @@ def test_ibp_keeps_intervals():
     factor = 0.5 * 512 * math.sqrt(2 / 512) * math.sqrt(2 / math.pi)
     assert factor == pytest.approx(12.77, abs=0.01)
     np.testing.assert_allclose(half[4:] / half[3:-1], factor, rtol=0.05)
+
+
+def test_ibp_scales_stacks_and_layouts():
+    key = jax.random.key(0)
+    std = math.sqrt(2 * math.pi) / 512
+    full = ibp()(key, (512, 300))
+    assert float(full.std()) == pytest.approx(std, rel=0.02)
+    np.testing.assert_allclose(ibp(0.5)(key, (512, 300)), 0.5 * full, rtol=1e-6)
+    for init, shape in (
+        (ibp(batch_axis=0), (3, 512, 300)),
+        (ibp(in_axis=1, out_axis=0), (300, 512)),
+        (ibp(), (4, 128, 300)),  # a convolution: its taps count
+        (ibp(in_axis=0, out_axis=(1, 2)), (512, 20, 15)),
+    ):
+        assert float(init(key, shape).std()) == pytest.approx(std, rel=0.02)
 
 
 def test_bounds_are_sound_and_tight():

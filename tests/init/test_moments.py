@@ -88,6 +88,13 @@ def test_pool_moments():
     assert pool_moment(3) == pytest.approx(1 + math.sqrt(3) / (2 * math.pi), rel=1e-12)
     assert pool_moment(2, extreme="max_abs") == pytest.approx(1 + 2 / math.pi, rel=1e-11)
     assert pool_moment(2, extreme="min_abs") == pytest.approx(1 - 2 / math.pi, rel=1e-11)
+    # E max(|Z_1|, |Z_2|, |Z_3|): the integral of 1 - (2 P(t) - 1)^3, and likewise the least
+    t = np.linspace(0, 12, 200_001)
+    inside = 2 * norm.cdf(t) - 1
+    largest, least = np.trapezoid([1 - inside**3, (1 - inside) ** 3], t)
+    assert pool_moment(3, lambda z: z, extreme="max_abs") == pytest.approx(largest, rel=1e-8)
+    assert pool_moment(3, lambda z: z, extreme="min_abs") == pytest.approx(least, rel=1e-8)
+    assert pool_moment(3, lambda z: z) == pytest.approx(1.5 / math.sqrt(math.pi), rel=1e-9)
     with pytest.raises(ValueError, match="k >= 1"):
         pool_moment(0)
     with pytest.raises(ValueError, match="extreme"):
