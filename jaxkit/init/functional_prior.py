@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
@@ -150,7 +151,8 @@ def functional_prior(
 
     Raises:
       TypeError: a legacy key.
-      ValueError: draws of the process and of the network of different shapes.
+      ValueError: draws of the process and of the network of different shapes; not under jit,
+        functions that are not finite (a process without jitter), where NaN comes out otherwise.
 
     Reference: B.-H. Tran et al., arXiv:2011.12829.
 
@@ -217,6 +219,11 @@ def functional_prior(
 
     keys = jax.random.split(key, steps)
     (raw, _), (history, distance) = lax.scan(step, (raw, prior_tx.init(raw)), keys)
+    if tree.concrete(distance) and not (finite := np.isfinite(np.asarray(distance))).all():
+        raise ValueError(
+            f"the distance is not finite from step {int(finite.argmin())} on: the draws of the "
+            "process (a larger jitter of its covariance?) or of the network are not"
+        )
     return FunctionalPrior(positive(raw), history, distance)
 
 

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray
 
 from jaxkit import tree
+from jaxkit._rank import decimal
 
 __all__ = ["contrastive_loss", "hide", "masked_loss", "span_mask", "triplet_loss"]
 
@@ -31,7 +32,8 @@ def span_mask(
 
     Raises:
       TypeError: a legacy key.
-      ValueError: a ratio outside [0, 1], a span that is not in 1 to length.
+      ValueError: a ratio outside [0, 1], a span that is not in 1 to length, or a ratio above 0 that
+        has room for no span (``length * ratio < span``).
 
     Reference: I. Amos, J. Berant, A. Gupta, arXiv:2310.02980.
 
@@ -47,7 +49,11 @@ def span_mask(
     *batch, length = shape
     if not 1 <= span <= length:
         raise ValueError(f"span={span}: a length in 1 to {length} is due")
-    n = int(length * ratio / span)
+    n = int(length * decimal(ratio) / span)
+    if ratio > 0 and n == 0:
+        raise ValueError(
+            f"ratio={ratio} of {length} positions is less than a span of {span}: it would hide none"
+        )
     slots = length - n * (span - 1)  # a span takes one slot, and so does every other position
 
     def draw(key):

@@ -51,13 +51,19 @@ def class_prior(
       classes: C.
 
     Raises:
-      ValueError: (eagerly) counts that give no frequency strictly between 0 and 1.
+      ValueError: one count per class with ``classes`` other than 1, or (eagerly) counts that give
+        no frequency strictly between 0 and 1.
 
     >>> round(class_prior(137, 20_000, 5), 6)
     0.00137
     """
     if classes < 1:
         raise ValueError(f"classes={classes}: one or more are due")
+    if np.ndim(positives) and classes != 1:
+        raise ValueError(
+            f"one count per class came, of shape {np.shape(positives)}, and classes={classes}, "
+            "which would divide each by it again: leave it at 1"
+        )
     if not tree.concrete(positives, total):
         return positives / (total * classes)
     pi = np.asarray(positives, float) / (float(total) * classes) if total else np.array(math.nan)

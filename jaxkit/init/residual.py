@@ -47,7 +47,7 @@ def residual(
     y = branch(pre * x)
     if y.shape != x.shape:
         raise ValueError(f"the branch returned {y.shape}, and the shape {x.shape} of x was due")
-    return skip * x + scale * y
+    return (skip * x + scale * y).astype(x.dtype)
 
 
 def convex_wire(blocks: int, g2: Number) -> Wire:

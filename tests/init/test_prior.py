@@ -116,6 +116,12 @@ def test_bad_priors():
         prior_bias(jnp.array([0.1, 0.2]))(KEY, (3,))
     with pytest.raises(ValueError, match="classes=0"):
         class_prior(1, 2, 0)
+    for counts in ([10, 20], np.array([10, 20])):
+        with pytest.raises(ValueError, match=r"one count per class.*shape \(2,\).*classes=2"):
+            class_prior(counts, 1000, 2)
+        np.testing.assert_allclose(class_prior(counts, 1000), [0.01, 0.02])
+    with pytest.raises(ValueError, match="one count per class"):
+        jax.jit(lambda n: class_prior(n, 1000, 2))(jnp.array([10, 20]))
     assert prior_bias(0.1)(KEY, (2,), jnp.bfloat16).dtype == jnp.bfloat16
     assert jax.jit(lambda n: prior_bias(class_prior(n, 10))(KEY, (2,)))(1).shape == (2,)
 
@@ -208,5 +214,13 @@ def test_shapes_and_outputs():
         )
     with pytest.raises(ValueError, match="a tree like params"):
         sample_prior(KEY, {"kernel": 1.0}, AFFINE)
+    singular = gaussian_process(lambda x, y: -x @ y.T, jitter=0.0)
+    run = lambda key: functional_prior(
+        key, affine, AFFINE, points, lambda x: lambda k, n: singular(x)(k, n)[..., None],
+        steps=2, functions=2, critic_steps=1, critic_width=2,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"not finite from step 0 on.*jitter"):
+        run(KEY)
+    assert jnp.isnan(jax.jit(run)(KEY).distance).all()
     with pytest.raises(TypeError, match="typed key"):
         functional_prior(jnp.zeros(2, jnp.uint32), affine, AFFINE, points, PROCESS)

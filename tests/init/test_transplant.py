@@ -158,6 +158,10 @@ def test_masks():
         span_mask(KEY, (4,), span=0)
     with pytest.raises(ValueError, match="ratio"):
         span_mask(KEY, (4,), ratio=1.5)
+    with pytest.raises(ValueError, match="less than a span of 6"):
+        span_mask(KEY, (3, 10), ratio=0.5, span=6)
+    assert not span_mask(KEY, (3, 10), ratio=0.0, span=6).any()
+    assert span_mask(KEY, (100,), ratio=0.29, span=1).sum() == 29  # 28.999999999999996 in floats
     with pytest.raises(ValueError, match="a mask of shape"):
         hide(jnp.ones((3, 2)), jnp.ones(2, bool))
 
