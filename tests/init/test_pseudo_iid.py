@@ -105,15 +105,14 @@ def test_block_sparse_support():
     assert (masks.sum(1) == 4).all() and (masks.sum(2) == 6).all()
     for mask in masks[:5]:  # four groups of equal rows
         assert len({row.tobytes() for row in mask}) == 4
-    # exchangeable: every entry, and every pair of rows, equally often
-    sd = math.sqrt(0.25 * 0.75 / 600)
-    assert np.abs(masks.mean(0) - 0.25).max() < 5 * sd
-    together = np.einsum("dij,dkj->ik", masks, masks) / (600 * 6)
-    off = together[~np.eye(16, dtype=bool)]
-    assert np.abs(off - 3 / 15).max() < 5 * math.sqrt(0.2 * 0.8 / 600)
-    # the test can fail: with rows in order, neighbours always share a group
-    in_order = np.repeat(np.eye(4, dtype=bool), 4, axis=0)
-    assert (in_order[0] & in_order[1]).any() and not (in_order[0] & in_order[4]).any()
+    # exchangeable: every entry, every pair of rows and every pair of columns, equally often; with
+    # an axis in order, neighbours would always share a group
+    assert np.abs(masks.mean(0) - 0.25).max() < 5 * math.sqrt(0.25 * 0.75 / 600)
+    for sets, size, ones in ((masks, 16, 6), (masks.swapaxes(1, 2), 24, 4)):
+        together = np.einsum("dij,dkj->ik", sets, sets) / (600 * ones)
+        p = (size // 4 - 1) / (size - 1)
+        off = together[~np.eye(size, dtype=bool)]
+        assert np.abs(off - p).max() < 5 * math.sqrt(p * (1 - p) / 600)
 
 
 @pytest.mark.parametrize("name", ["orthogonal", "low_rank", "block_sparse"])
