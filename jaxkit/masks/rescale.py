@@ -5,9 +5,11 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.masks.select import Mask, apply
 
 __all__ = ["rescale", "sketch"]
@@ -98,6 +100,10 @@ def sketch(
     The error is least at p_i ~ ||X_i|| |w_i|: where all features are of a size, the magnitude is
     the best score and the data drop out. For networks the binary mask of `sample` is the method.
 
+    A draw goes down a binary tree of the sums of scores, in float32 whatever the dtypes, with a
+    fine random number of its own at each fork: probabilities are right to 1e-5 of themselves, the
+    smallest too, for any D. It takes the memory of some vectors of D and of `draws`.
+
     Args:
       key: a typed key.
       weights: the vector; of a tree, ``tree.ravel(params)``.
@@ -105,7 +111,8 @@ def sketch(
       draws: how many, static.
 
     Raises:
-      ValueError: shapes that differ, draws < 1; eagerly, negative scores or none that is positive.
+      ValueError: shapes that differ, draws < 1; if the scores are known, negative or infinite
+        ones, or none that is positive.
       TypeError: a legacy uint32 key.
 
     Reference: N. Bar, R. Giryes, "Pruning at Initialization -- A Sketching Perspective",
@@ -122,10 +129,32 @@ def sketch(
         )
     if draws < 1:
         raise ValueError(f"draws is {draws}, and at least one is due")
-    unfit = jnp.any(scores < 0) | ~jnp.any(scores > 0)
-    if tree.concrete(unfit) and unfit:
-        raise ValueError("scores are probabilities: none may be negative, and one must be positive")
-    p = scores / jnp.sum(scores)
-    drawn = jax.random.choice(key, p.size, (draws,), p=p)
-    counts = jnp.zeros_like(p).at[drawn].add(1)
-    return (weights * counts / (draws * jnp.where(p > 0, p, 1))).astype(weights.dtype)
+    if violates(lambda s: np.all((s >= 0) & (s < np.inf)) & np.any(s > 0), scores):
+        raise ValueError(
+            "scores are probabilities: finite, none may be negative, and one must be positive"
+        )
+    weights, scores = jnp.asarray(weights), tree.float32(jnp.asarray(scores))
+    scores = scores / jnp.max(scores)  # their sum is finite
+    levels = (scores.size - 1).bit_length()
+    sums = [jnp.pad(scores, (0, 2**levels - scores.size))]
+    while sums[0].size > 1:
+        sums.insert(0, sums[0].reshape(-1, 2).sum(1))
+    # node 1 is the root, nodes 2 i and 2 i + 1 are the children of node i
+    heap = jnp.concatenate([jnp.zeros(1), *sums])
+
+    def down(node, key):
+        left, right = heap[2 * node], heap[2 * node + 1]
+        rare = _uniform(key, draws) * (left + right) < jnp.minimum(left, right)
+        return 2 * node + (rare == (right < left)), None
+
+    node = jax.lax.scan(down, jnp.ones(draws, jnp.int32), jax.random.split(key, levels))[0]
+    drawn = node - 2**levels
+    counts = jnp.zeros(scores.shape, jnp.int32).at[drawn].add(1)
+    p = scores / sums[0][0]
+    return (tree.float32(weights) * counts / (draws * jnp.where(p > 0, p, 1))).astype(weights.dtype)
+
+
+def _uniform(key: PRNGKeyArray, draws: int) -> Float[Array, " draws"]:
+    """Draw from [0, 1] in steps of 2^-64, where those of `jax.random.uniform` are 2^-23."""
+    high, low = jax.random.bits(key, (2, draws), jnp.uint32).astype(jnp.float32)
+    return high * 2.0**-32 + low * 2.0**-64

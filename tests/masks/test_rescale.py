@@ -207,6 +207,27 @@ def test_the_sketch_is_unbiased_and_has_the_error_of_the_formula(kind):
         np.testing.assert_allclose(exact, least, rtol=1e-5)
 
 
+def test_the_smallest_probabilities_are_as_right_as_others():
+    """Of 2^14 of 2^-26 each, all are reached: steps of 2^-23 and sums near 1 would skip most."""
+    n, draws = 2**14, 2**20
+    scores = jnp.ones(n + 1).at[0].set(2.0**26 - n)
+    sketch = jax.jit(masks.sketch, static_argnames="draws")
+    drawn = np.asarray(sketch(KEY, jnp.ones(n + 1), scores, draws=draws))
+    places = np.flatnonzero(drawn[1:])
+    due = draws * n / 2**26  # 256
+    assert abs(places.size - due) < 4 * math.sqrt(due)
+    counts = np.bincount(places % 8, minlength=8)
+    assert ((counts - counts.mean()) ** 2 / counts.mean()).sum() < 24.3  # 99.9 % of 7 degrees
+
+
+def test_the_sketch_of_bfloat16_is_unbiased():
+    """With equal scores the sum of the weights is what it was, but for their rounding."""
+    ones = jnp.ones(2000, jnp.bfloat16)
+    drawn = jax.jit(masks.sketch, static_argnames="draws")(KEY, ones, ones, draws=200_000)
+    assert drawn.dtype == jnp.bfloat16
+    assert float(drawn.astype(jnp.float32).mean()) == pytest.approx(1, abs=1e-3)
+
+
 def test_magnitude_is_the_best_score_where_features_are_of_one_size():
     x = FEATURES / NORMS[:, None]
     squares = jnp.linalg.norm(x, axis=1) ** 2 * WEIGHTS**2
@@ -221,6 +242,8 @@ def test_sketch_bad_input():
         masks.sketch(KEY, WEIGHTS, WEIGHTS, 3)
     with pytest.raises(ValueError, match="one must be positive"):
         masks.sketch(KEY, WEIGHTS, jnp.zeros(50), 3)
+    with pytest.raises(ValueError, match="scores are probabilities: finite"):
+        masks.sketch(KEY, WEIGHTS, jnp.ones(50).at[3].set(jnp.nan), 3)
     with pytest.raises(ValueError, match=r"\(50,\) and \(3,\)"):
         masks.sketch(KEY, WEIGHTS, jnp.ones(3), 3)
     with pytest.raises(ValueError, match="draws is 0"):
