@@ -48,6 +48,30 @@ def test_the_cost_is_that_of_the_dense_layer(sparsity, wide, factorized, doped, 
     assert abs(layer.flops - 1) <= len(layer.shapes) / 2 / (9 * 64 * 64)  # half an entry a branch
 
 
+@pytest.mark.parametrize("sparsity", [0.3, 0.6, 0.7, 8 / 9, 0.999])
+def test_a_wide_model_costs_the_same_at_any_sparsity(sparsity):
+    n = masks.wide(64, sparsity)
+    assert (1 - sparsity) * n**2 <= 64**2 * (1 + 1e-9) < (1 - sparsity) * (n + 1) ** 2
+    assert sparsity != 8 / 9 or n == 192
+
+
+def test_sparse_branches_together_have_the_variance_of_the_dense_kernel():
+    """The recipe of the module: b kernels of density 1 / b, independent."""
+    layer = masks.parallel((64, 64), 0.75)
+    pairs = zip(layer.shapes.items(), jax.random.split(KEY, len(layer.shapes)), strict=True)
+    kernels = {name: jax.random.normal(own, shape) for (name, shape), own in pairs}
+    mask = masks.topk(masks.random(KEY, kernels), sparsity=layer.sparsity)
+    kernel = layer.apply(masks.apply(kernels, mask), jnp.eye(64), jnp.matmul)
+    # w = sum of B(4, 1/4) normal draws: Var w^2 is 3 E c^2 - 1 = 4.25, over 4096 entries
+    assert float(jnp.mean(kernel**2)) == pytest.approx(1, abs=4 * (4.25 / 4096) ** 0.5)
+
+
+def test_branches_keep_the_dtype():
+    layer = masks.parallel((2, 3), 0.5)
+    half = jax.tree.map(lambda w: w.astype(jnp.bfloat16), draw(layer.shapes))
+    assert layer.apply(half, jnp.ones((1, 2), jnp.bfloat16), jnp.matmul).dtype == jnp.bfloat16
+
+
 def test_the_promised_entries_are_those_of_the_mask():
     layer = masks.doped((3, 3, 4, 8), 0.75)
     kernels = draw(layer.shapes)
@@ -131,8 +155,9 @@ def test_bad_input():
             fn((4, 4), 1.0)
         with pytest.raises(ValueError, match=r"shape \(4,\)"):
             fn((4,), 0.5)
-    with pytest.raises(ValueError, match=r"2\.5 branches; the nearest.* is 0\.5"):
+    for s, near in ((0.6, "0.666667"), (0.65, "0.666667"), (0.714, "0.75"), (0.55, "0.5")):
+        with pytest.raises(ValueError, match=rf"branches; the nearest.* is {near}$"):
+            masks.parallel((4, 4), s)
+    with pytest.raises(ValueError, match=r"makes 2\.5 branches"):
         masks.parallel((4, 4), 0.6)
-    with pytest.raises(ValueError, match=r"nearest.* is 0\.666667"):
-        masks.parallel((4, 4), 0.65)
     assert len(masks.parallel((4, 4), 2 / 3).shapes) == 3
