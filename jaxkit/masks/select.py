@@ -13,6 +13,7 @@ from jaxtyping import Array, Bool, PyTree
 
 from jaxkit import _rank as rank
 from jaxkit import tree
+from jaxkit._known import violates
 
 Mask = PyTree[Bool[Array, "..."]]
 
@@ -26,8 +27,7 @@ def check_sparsity(sparsity: Any) -> None:
       ValueError: naming the leaf, if it is a tree of them.
     """
     for path, s in tree.flatten(sparsity).items():
-        number = isinstance(s, int | float | np.number)
-        if number and not 0 <= s < 1:
+        if violates(lambda s: (s >= 0) & (s < 1), s):
             at = f" at {path!r}" if path else ""
             raise ValueError(
                 f"sparsity{at} is {s}, and a number in [0, 1) is due: the fraction of zeros"
@@ -38,7 +38,7 @@ def kept_count(sparsity: Any, n: int) -> Any:
     """Return round-half-even((1 - sparsity) n), exactly if `sparsity` is a Python number."""
     if isinstance(sparsity, int | float | np.number):
         return round((1 - rank.decimal(sparsity)) * n)
-    sparsity = jnp.asarray(sparsity, jnp.float32)
+    sparsity = jnp.clip(jnp.asarray(sparsity, jnp.float32), 0, 1)
     if n < 2**24:
         return jnp.round((1 - sparsity) * n)
     # float32 does not hold n, and sparsity 0 must keep all of it
@@ -59,7 +59,8 @@ def topk(
       scores: a tree like params of floats (`magnitude`, `random`, `snip`, or your own).
       sparsity: the fraction of zeros, in [0, 1). One number ranks all chosen leaves together; a
         tree of numbers (`uniform`, `erk`) ranks each leaf for itself. Python numbers count exactly;
-        traced ones work under jit and vmap, and are off by an entry or two at 1e8 entries.
+        traced ones work under jit and vmap, are off by an entry or two at 1e8 entries, and are
+        clipped to [0, 1]: from 1 on nothing is kept.
       keep: instead of sparsity, how many entries stay: an integer, or a tree of them.
       where: the leaves to sparsify. Default: the weights if there is one number, and every leaf
         whose sparsity is not 0 if there is a tree of them.
@@ -124,7 +125,7 @@ def prune(
     """
     tree.check_like(scores, mask, "mask")
     for path, p in tree.flatten(fraction).items():
-        if isinstance(p, int | float | np.number) and not 0 <= p <= 1:
+        if violates(lambda p: (p >= 0) & (p <= 1), p):
             at = f" at {path!r}" if path else ""
             raise ValueError(f"fraction{at} is {p}, and a share of the live entries is due: [0, 1]")
     single = jax.tree.structure(fraction) == jax.tree.structure(0)

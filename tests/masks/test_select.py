@@ -107,6 +107,24 @@ def test_sparsity_outside_its_range(bad):
         masks.topk(scores, sparsity=[bad])
 
 
+@pytest.mark.parametrize("bad", [-0.5, 1.0, 1.5, float("nan")])
+def test_known_arrays_are_checked_and_traced_ones_clipped(bad):
+    scores = {"w": jnp.ones((3, 3))}
+    known = jnp.float32(bad)
+    for fn in (lambda s: masks.topk(scores, sparsity=s), lambda s: masks.erk(scores, s)):
+        for call in (fn, jax.jit(lambda _, fn=fn: fn(known))):  # closed over, it is known under jit
+            with pytest.raises(ValueError, match=r"a number in \[0, 1\) is due"):
+                call(known)
+    with pytest.raises(ValueError, match="sparsity at 'w' is"):
+        masks.topk(scores, sparsity={"w": known})
+    if not np.isnan(bad):
+        traced = jax.jit(lambda s: masks.topk(scores, sparsity=s)["w"])
+        assert int(traced(known).sum()) == (9 if bad < 0 else 0)
+    if not 0 <= bad <= 1:
+        with pytest.raises(ValueError, match="fraction is"):
+            masks.prune({"w": jnp.ones((3, 3), bool)}, scores, known)
+
+
 def test_other_bad_input():
     scores = {"kernel": jnp.ones((2, 2)), "bias": jnp.ones(2)}
     with pytest.raises(ValueError, match="either sparsity"):
