@@ -27,7 +27,7 @@ from jaxkit.masks.export import (
     to_bcsr,
     to_dense,
 )
-from jaxkit.masks.finetune import hft, lt_sft, sara, sara_penalty, small
+from jaxkit.masks.finetune import hft, lt_sft, lt_sft_penalty, sara, sara_penalty, small
 from jaxkit.masks.flow import prune_in_rounds, synflow, synflow_mask
 from jaxkit.masks.gradient_dropout import gradient_dropout
 from jaxkit.masks.graft import graft, most_moved, overlap
@@ -155,6 +155,7 @@ __all__ = [
     "layer_tickets",
     "layered",
     "lt_sft",
+    "lt_sft_penalty",
     "magnitude",
     "memcontrol",
     "memorization",

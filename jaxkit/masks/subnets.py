@@ -244,13 +244,14 @@ def entries(
 
 
 def pareto(points: Float[Array | np.ndarray, "n objectives"]) -> Bool[Array, " n"]:
-    """Mark the points that no other dominates; all objectives are to be small.
+    """Mark the points that no other dominates; all objectives are to be small (negate others).
 
     A point dominates another if it is nowhere larger and somewhere smaller. Of equal points the
     first is marked. NaN counts as infinity. O(n^2).
 
     Args:
-      points: one row per candidate.
+      points: one row per candidate. Known ones are compared in float64, traced ones as they are
+        (float32 cannot tell numbers of parameters apart beyond 2^24).
 
     Returns:
       True for the points of the front; at least one, if there is any point.
@@ -258,11 +259,13 @@ def pareto(points: Float[Array | np.ndarray, "n objectives"]) -> Bool[Array, " n
     >>> pareto(jnp.array([[1.0, 3.0], [2.0, 2.0], [2.0, 3.0], [1.0, 3.0]])).tolist()
     [True, True, False, False]
     """
-    points = jnp.asarray(points)
-    points = jnp.where(jnp.isnan(points), jnp.inf, points)
+    known = tree.concrete(points)
+    points = np.asarray(points, np.float64) if known else jnp.asarray(points)
+    xp: Any = np if known else jnp
+    points = xp.where(xp.isnan(points), xp.inf, points)
     below = (points[:, None] <= points[None]).all(-1)  # [j, i]: j is nowhere larger than i
-    first = jnp.triu(jnp.ones_like(below), 1)
-    return ~(below & (~below.T | first)).any(0)
+    first = xp.triu(xp.ones_like(below), 1)
+    return jnp.asarray(~(below & (~below.T | first)).any(0))
 
 
 def hypervolume(points: Float[Array, "n 2"], reference: Float[Array, "2"]) -> Float[Array, ""]:

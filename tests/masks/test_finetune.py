@@ -82,12 +82,40 @@ def test_a_strong_penalty_on_the_drift_leaves_no_difference(tuned):
     decay = optax.adam(optax.linear_schedule(0.02, 0.0, 60))
 
     def size(strength):
-        drift = lambda p: sum(jnp.abs(w - w0).sum() for w, w0 in leaves(p, before)) / (N + 7)
+        drift = lambda p: masks.lt_sft_penalty(p, before)
         final = tune(decay, before, lambda p: loss_fn(p) + strength * drift(p), 60)
         return max(float(jnp.abs(w - w0).max()) for w, w0 in leaves(final, before))
 
     free, some, strong = map(size, (0.0, 10.0, 1e4))
     assert free > 0.1 and free > some > strong and strong < 0.01 * free
+
+
+def test_the_penalty_on_the_drift_is_the_mean_of_what_moved(tuned):
+    before, after, _ = tuned
+    value, grads = jax.value_and_grad(masks.lt_sft_penalty)(after, before)
+    moved = [
+        np.asarray(w, np.float64) - np.asarray(w0, np.float64) for w, w0 in leaves(after, before)
+    ]
+    np.testing.assert_allclose(
+        value, np.concatenate([np.abs(m).ravel() for m in moved]).mean(), 1e-5
+    )
+    for g, m in zip(jax.tree.leaves(grads), moved, strict=True):
+        np.testing.assert_allclose(g, np.sign(m) / (N + 7), rtol=1e-6)
+    only = masks.lt_sft_penalty(after, before, where="**/bias")
+    np.testing.assert_allclose(only, np.abs(moved[0]).mean(), rtol=1e-5)
+    for g in jax.tree.leaves(jax.grad(masks.lt_sft_penalty)(before, before)):
+        assert not g.any()
+    assert masks.lt_sft_penalty({}, {}) == 0
+    with pytest.raises(ValueError, match="other params does not fit"):
+        masks.lt_sft_penalty(before, {"a": before["a"]})
+
+
+def test_selected_masks_that_are_known_do_not_stop_jit(tuned):
+    before, after, _ = tuned
+    first = masks.lt_sft(after, before, 6)
+    inside = jax.jit(lambda a: masks.lt_sft(a, before, 6, selected=first))(after)
+    for a, b in leaves(inside, masks.lt_sft(after, before, 6, selected=first)):
+        np.testing.assert_array_equal(a, b)
 
 
 def patches():

@@ -324,3 +324,14 @@ def test_bad_input():
     with pytest.raises(ValueError, match="a single sub-network"):
         subnets.mutate(jax.random.key(0), one, one.low)
     assert prefix(PARAMS, {"0/heads": 2}, axes())["0/heads"].sum() == 2
+
+
+def test_the_front_sees_differences_below_those_of_float32():
+    """Whole numbers of parameters beyond 2^24, and quantities to be large, negated."""
+    points = [[0.4, 110_000_001], [0.4, 110_000_000]]
+    for known in (points, np.array(points)):
+        assert subnets.pareto(known).tolist() == [False, True]
+    loss_and_gain = np.array([[0.4, 7.0], [0.4, 8.0], [0.3, 7.0]])
+    assert subnets.pareto(loss_and_gain * [1, -1]).tolist() == [False, True, True]
+    inside = jax.jit(lambda: subnets.pareto(jnp.array(points)))()
+    assert inside.tolist() == [True, False]  # in float32 they are equal

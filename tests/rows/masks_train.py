@@ -83,6 +83,13 @@ ROWS = [
         keeps=False,
     ),
     Row(
+        "masks.lt_sft_penalty",
+        lambda key, params, batch, n: masks.lt_sft_penalty(params, negative(params)),
+        smooth=True,
+        local=False,
+        keeps=False,
+    ),
+    Row(
         "masks.hft",
         lambda key, params, batch, n: masks.hft(key, params, two(params)),
         keeps=False,
