@@ -46,6 +46,8 @@ CALLS = {
     "recycle": (lambda q: reparam.recycle(W, THETA, q), 0.25, 0.75),
     "iterand": (lambda r: reparam.iterand(KEY, ZEROS, W, MASK, r), 0.5, 1.5),
     "swap": (lambda r: reparam.swap(MASK, THETA, r), 0.5, 1.5),
+    "temperature": (lambda t: reparam.temperature(2.0, 5, final=t), 100.0, 0.5),
+    "budget_pressure": (lambda t: reparam.budget_pressure(ONES.sum(), t, full=9.0), 3.0, 9.0),
     "gradient_dropout": (
         lambda x: masks.gradient_dropout(KEY, W, THETA, level=x), 0.5, 1.5,
     ),

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.reparam.core import Reparam, install, leafwise, matched
 from jaxkit.reparam.supermask import straight_through
 from jaxkit.trace.names import (
@@ -115,7 +116,7 @@ def gate_penalty(scores: PyTree, beta: float | Array | PyTree = 1.0) -> Float[Ar
 
 
 def temperature(
-    epoch: Float[Array, "..."] | float, epochs: int, *, final: float = 200.0
+    epoch: Float[Array, "..."] | float, epochs: int, *, final: float | Array = 200.0
 ) -> Float[Array, "..."]:
     """Return beta = final^(epoch / (epochs - 1)): 1 at epoch 0, `final` at the last.
 
@@ -126,14 +127,15 @@ def temperature(
       final: more than 1.
 
     Raises:
-      ValueError: fewer than two epochs, or a final temperature that does not sharpen.
+      ValueError: fewer than two epochs, or a final temperature that does not sharpen
+        (if it is known).
 
     >>> temperature(1, 3, final=100.0).round(3).item()
     10.0
     """
     if epochs < 2:
         raise ValueError(f"epochs={epochs}, and 2 or more were due to go from 1 to {final}")
-    if not final > 1:
+    if violates(lambda final: final > 1, final):
         raise ValueError(f"final={final}, and more than 1 was due: gates would not harden")
     return jnp.float32(final) ** (jnp.asarray(epoch, jnp.float32) / (epochs - 1))
 
@@ -272,7 +274,11 @@ def expected_entries(
 
 
 def budget_pressure(
-    cost: Float[Array, ""], target: float, *, full: float, base: float | Array = 1.0
+    cost: Float[Array, ""],
+    target: float | Array,
+    *,
+    full: float | Array,
+    base: float | Array = 1.0,
 ) -> Float[Array, ""]:
     """Return the coefficient of the penalty: base (1 - target / cost), without gradient.
 
@@ -285,14 +291,14 @@ def budget_pressure(
       base: the largest coefficient.
 
     Raises:
-      ValueError: a budget that is not between 0 and `full`.
+      ValueError: a budget that is not between 0 and `full` (if they are known).
 
     Reference: as for `gate_units`.
 
     >>> budget_pressure(jnp.array(50.0), 100.0, full=400.0).item()
     -1.0
     """
-    if not 0 < target < full:
+    if violates(lambda target, full: (0 < target) & (target < full), target, full):
         raise ValueError(f"the budget is {target}, and one between 0 and {full} was due")
     return base * (1 - target / jax.lax.stop_gradient(cost))
 
@@ -306,8 +312,9 @@ def optfs(tau: float | Array, *, where: tree.Where, start: float = 0.5, axis: in
     A row is one value of a categorical feature. theta is ``{path: c}`` with one number a row,
     `start` at first, so that at tau = 1 the model is what it was. Search: train c with the weights
     (no weight decay on c), with a small multiple of ``gate_penalty(theta, tau)``, and
-    ``tau = temperature(epoch, epochs)``. Then take the rows with c > 0 that were ever seen (the
-    others keep the c they had), go back to the weights of an early epoch, and train them under
+    ``tau = temperature(epoch, epochs)``. Then take the rows with c > 0 that were ever seen (of the
+    others c says nothing: the penalty alone moves it, and under Adam by up to the learning rate a
+    step, however small its factor), go back to the weights of an early epoch, and train them under
     `keep_rows` alone::
 
         kept = {path: (c > 0) & seen for path, c in theta.items()}
