@@ -61,7 +61,9 @@ CALLS = {
     "dare": (
         lambda q: weights.merge(W, [THETA], weights.dare(KEY, drop_rate=q / 2, q=q)), 0.5, 1.5,
     ),
-    "random_labels": (lambda p: data.random_labels(KEY, W["kernel"], TYPES, p=p, classes=3), 0.5, 1.5),
+    "random_labels": (
+        lambda p: data.random_labels(KEY, W["kernel"], TYPES, p=p, classes=3), 0.5, 1.5,
+    ),
     "perplexity_filter": (lambda f: data.perplexity_filter(jnp.arange(4.0), f), 0.5, 1.5),
 }  # fmt: skip
 

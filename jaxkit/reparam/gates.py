@@ -298,7 +298,7 @@ def budget_pressure(
     >>> budget_pressure(jnp.array(50.0), 100.0, full=400.0).item()
     -1.0
     """
-    if violates(lambda target, full: (0 < target) & (target < full), target, full):
+    if violates(lambda target, full: (target > 0) & (target < full), target, full):
         raise ValueError(f"the budget is {target}, and one between 0 and {full} was due")
     return base * (1 - target / jax.lax.stop_gradient(cost))
 
