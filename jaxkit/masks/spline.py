@@ -103,6 +103,10 @@ def spline(
     leaves with the score D. The least distance of what remains never falls, so that the lowest
     scores left first; the last unit has the score inf. O(units^3) for each layer.
 
+    A unit whose weights are all zero has no boundary: it bends the network nowhere, and leaves with
+    the score 0, as a twin does. (If its bias is positive, what it puts out is a constant, which
+    belongs in the bias of the next layer.)
+
     Args:
       planes: `hyperplanes`.
       bias_weight: lambda.
@@ -120,12 +124,14 @@ def spline(
 
 def _removal(w: Array, b: Array, bias_weight: Any) -> Array:
     norm = jnp.sqrt(jnp.sum(w**2, 1))
-    safe = jnp.maximum(norm, 1e-12)
+    none = norm == 0  # no boundary
+    safe = jnp.where(none, 1, norm)
     unit, shift = w / safe[:, None], b / safe
     cosine = jnp.matmul(unit, unit.T, precision=jax.lax.Precision.HIGHEST)
     side = jnp.where(cosine < 0, -1, 1)
     far = jnp.maximum(1 - jnp.abs(cosine), 0)
     far = far + bias_weight * jnp.abs(shift[:, None] - side * shift[None])
+    far = jnp.where(none[:, None] | none, 0, far)
     n = len(w)
     far = jnp.where(jnp.eye(n, dtype=bool), jnp.inf, far)
 

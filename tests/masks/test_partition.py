@@ -229,6 +229,18 @@ def test_a_chain_of_twins_leaves_one():
     assert masks.spline({"h": (w[:1], jnp.zeros(1))})["h"].tolist() == [np.inf]
 
 
+def test_units_without_a_boundary_go_first_and_change_no_other_score():
+    w = jnp.array([[1.0, 0.0], [1.0, 0.1], [0.0, 0.0], [0.0, 1.0]])
+    b = jnp.array([0.1, 0.1, 0.5, 0.3])
+    scores = masks.spline({"h": (w, b)})["h"]
+    rest = masks.spline({"h": (w[jnp.array([0, 1, 3])], b[jnp.array([0, 1, 3])])})["h"]
+    assert scores[2] == 0 and (rest > 0).all()
+    np.testing.assert_array_equal(scores[jnp.array([0, 1, 3])], rest)
+    assert masks.spline({"h": (0 * w, b)})["h"].tolist() == [np.inf, 0, 0, 0]
+    tiny = masks.spline({"h": (2.0**-50 * w, 2.0**-50 * b)})["h"]  # boundaries know no scale
+    np.testing.assert_array_equal(tiny, scores)
+
+
 def test_folding_a_batch_norm():
     class Net(nn.Module):
         @nn.compact
