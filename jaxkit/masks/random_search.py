@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.masks.score import random
 from jaxkit.masks.select import check_sparsity, keep_where, kept_count, topk
 from jaxkit.masks.structured import units
@@ -78,7 +79,8 @@ def random_search(
 
     The subnetwork is then trained from the values that its weights have now. The finding is
     negative: it trains no better than one random subset, the first draw of the same key,
-    ``random_units(fold_in(key, 0), ...)``, which a search of one draw returns.
+    ``random_units(fold_in(key, 0), ...)``, which a search of one draw returns. A loss that is NaN
+    counts as infinite.
 
     Args:
       key: a typed key; draw i comes from ``fold_in(key, i)``, so that more draws find no worse.
@@ -91,7 +93,8 @@ def random_search(
       together: how many subnetworks are evaluated at once.
 
     Raises:
-      ValueError: as `random_units`; fewer than one draw.
+      ValueError: as `random_units`; fewer than one draw; losses that are all NaN (if they are
+        known: under jit the first draw comes out).
       TypeError: a legacy uint32 key.
 
     Reference: R. Farahani, "Random Search as a Baseline for Sparse Neural Network Architecture
@@ -113,5 +116,7 @@ def random_search(
         return keep, loss_fn(keep_where(units(params, keep, axes), params), batch)
 
     keeps, losses = jax.lax.map(one, jnp.arange(draws), batch_size=min(together, draws))
-    best = jnp.argmin(losses)
+    if violates(lambda losses: not np.isnan(losses).all(), losses):
+        raise ValueError(f"the loss of all {draws} draws is NaN: none is the best")
+    best = jnp.argmin(jnp.where(jnp.isnan(losses), jnp.inf, losses))
     return Searched(jax.tree.map(lambda k: k[best], keeps), losses, best)

@@ -82,6 +82,25 @@ def test_one_draw_is_the_random_control():
     jax.tree.map(np.testing.assert_array_equal, one.keep, control)
 
 
+def test_a_loss_that_is_nan_is_not_the_lowest():
+    params, axes = {"w": jnp.arange(4.0)[None]}, {"w": (None, "hidden")}
+
+    def loss_fn(params, bad):
+        """The sum of two of 0 ... 3, but NaN up to `bad`."""
+        loss = params["w"].sum()
+        return jnp.where(loss <= bad, jnp.nan, loss)
+
+    search = lambda bad: masks.random_search(
+        KEY, loss_fn, params, bad, axes, sparsity=0.5, draws=50, together=50
+    )
+    found = search(1.0)
+    assert jnp.isnan(found.losses).any()
+    assert found.losses[found.best] == 2 and found.keep["hidden"].tolist() == [True, False] * 2
+    with pytest.raises(ValueError, match="the loss of all 50 draws is NaN"):
+        search(9.0)
+    assert jax.jit(search)(9.0).best == 0
+
+
 def test_masked_and_shrunk_networks_agree(found):
     small, sizes, _ = masks.shrink(PARAMS, found.keep, AXES)
     assert sizes == {A: 4, C: 3}
