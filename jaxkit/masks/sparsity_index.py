@@ -19,7 +19,10 @@ _SCOPES = ("leaf", "global", "unit")
 def _norms(
     params: PyTree, mask: Mask | None, p: Any, q: Any, scope: str, where: tree.Where
 ) -> tuple[dict, PyTree]:
-    """Return by group (d, sum |w|^p, sum |w|^q), |w| over the group's largest, and the choice."""
+    """Return by group d, sum |w|^p, sum |w|^q, and how many w are not 0; and the choice.
+
+    The w are divided by the group's largest.
+    """
     if scope not in _SCOPES:
         raise ValueError(f"scope={scope!r}, and one of {_SCOPES} is due")
     ordered = lambda p, q: np.all((np.asarray(p) > 0) & (np.asarray(p) < np.asarray(q)))
@@ -42,13 +45,14 @@ def _norms(
         top = largest[path]
         w = w / jnp.where(top > 0, top, 1)
         live = jnp.broadcast_to(masks[path], w.shape)
+        count = lambda bits: jnp.sum(bits, dims(w), dtype=jnp.float32)
         power = lambda r: jnp.sum(jnp.where(w > 0, w, 1) ** r * (w > 0), dims(w))
-        return jnp.sum(live, dims(w), dtype=jnp.float32), power(p), power(q)
+        return count(live), power(p), power(q), count(w > 0)
 
     found = {path: sums(path, w) for path, w in sizes.items()}
     if scope == "global":
         add = lambda i: sum((sums[i] for sums in found.values()), jnp.float32(0))
-        return {"": (add(0), add(1), add(2))}, where
+        return {"": tuple(map(add, range(4)))}, where
     return found, where
 
 
@@ -99,7 +103,7 @@ def pq_index(
     """
     found, where = _norms(params, mask, p, q, scope, where)
 
-    def index(d, sp, sq):
+    def index(d, sp, sq, _):
         d, sp, sq = (jnp.where(sq > 0, x, 1) for x in (d, sp, sq))
         return jnp.maximum(1 - (sp / d) ** (1 / p) / (sq / d) ** (1 / q), 0)
 
@@ -122,8 +126,8 @@ def sap_fraction(
 
     r = ceil(d (1 + eta)^(-q / (q - p)) (1 - I)^(p q / (q - p))) is a lower bound on the entries to
     retain out of d live ones, and the fraction is floor(d clip(gamma (1 - r / d), 0, beta)) / d. It
-    is 0 if all entries are of one size. (In float32, whence r is uncertain by about 1e-5 d.) A
-    round of the paper trains, prunes by it and rewinds::
+    is 0 if all entries are of one size. (In float32, whence r is uncertain by about 1e-6 d where
+    they are not.) A round of the paper trains, prunes by it and rewinds::
 
         mask = prune(mask, magnitude(trained), sap_fraction(trained, mask))
 
@@ -156,14 +160,16 @@ def sap_fraction(
         raise ValueError(f"beta={beta}: a share in [0, 1) is due, or everything could go at once")
     found, where = _norms(params, mask, p, q, scope, where)
 
-    def fraction(d, sp, sq):
-        n = jnp.maximum(d, 1)
+    def fraction(d, sp, sq, k):
         some = sq > 0
-        sp, sq = jnp.where(some, sp, 1), jnp.where(some, sq, 1)
-        # d (1 - I)^(pq / (q - p)) = (sp^q / sq^p)^(1 / (q - p)): powers of means would round more
-        bound = jnp.exp((q * jnp.log(sp) - p * jnp.log(sq) - q * jnp.log1p(eta)) / (q - p))
-        r = jnp.ceil(bound * (1 - 4e-6))  # a whole number may come out a little above itself
-        share = jnp.clip(gamma * (1 - r / n), 0, beta)
-        return jnp.where(some, jnp.floor(n * share * (1 + 1e-6)) / n, 0)
+        sp, sq, k = (jnp.where(some, x, 1) for x in (sp, sq, k))
+        # d (1 - I)^(pq / (q - p)) = (sp^q / sq^p)^(1 / (q - p)), in means over the k entries that
+        # are not 0: these are 1 if all are of one size, and the bound is k exactly
+        mean = (q * jnp.log(sp / k) - p * jnp.log(sq / k) - q * jnp.log1p(eta)) / (q - p)
+        r = jnp.ceil(k * jnp.exp(mean))
+        count = jnp.clip(gamma * (d - r), 0, beta * d)
+        # a product that is whole may come out a little below itself
+        count = jnp.floor(count + jnp.minimum(count * 2.0**-22, 0.2))
+        return jnp.where(some, count / jnp.maximum(d, 1), 0)
 
     return _spread(fraction, found, params, scope, where)

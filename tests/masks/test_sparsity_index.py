@@ -49,6 +49,16 @@ def test_the_checked_value():
     assert pruned(few(10, 100)) == 90 and pruned(few(1, 100)) == 90  # beta
 
 
+@pytest.mark.parametrize("scope", ["leaf", "global"])
+def test_equal_magnitudes_of_large_leaves_prune_nothing(scope):
+    params = jax.eval_shape(lambda: {"w": jnp.zeros((1000, 1000)), "v": jnp.zeros((1024, 2048))})
+    fill = lambda: jax.tree.map(lambda w: jnp.full(w.shape, -0.3), params)
+    found = jax.jit(lambda: masks.sap_fraction(fill(), scope=scope))()
+    assert [float(f) for f in jax.tree.leaves(found)] in ([0.0], [0.0, 0.0])
+    half = jax.jit(lambda: masks.sap_fraction({"w": fill()["w"].at[:500].set(0)}))()
+    assert float(half["w"]) == 0.5
+
+
 def test_scale_and_cloning_change_nothing():
     w = np.random.default_rng(0).normal(size=(8, 20))
     base = index(w)
