@@ -34,6 +34,7 @@ def tickets(
     fraction: float | PyTree = 0.2,
     rewind: int = 0,
     where: tree.Where = None,
+    within: Mask | None = None,
     rule: Callable[[Mask, PyTree], Mask] | None = None,
 ) -> Iterator[Ticket]:
     """Find lottery tickets by iterative magnitude pruning, with or without late rewinding.
@@ -59,14 +60,16 @@ def tickets(
         together, a tree of numbers each leaf for itself (as `prune`).
       rewind: k.
       where: the leaves to prune, as for `prune`; the others are never masked.
+      within: the mask to start from, in place of ones: all tickets lie within it, and the first k
+        steps are made under it.
       rule: ``rule(mask, trained) -> mask`` in place of pruning `fraction` by magnitude.
 
     Returns:
       An iterator over the rounds; each is computed when it is asked for.
 
     Raises:
-      ValueError: rewind outside 0 ... steps; a round that would leave a leaf without weights (its
-        path), that prunes nothing, or that brings a weight back.
+      ValueError: rewind outside 0 ... steps; a first mask that does not fit; a round that would
+        leave a leaf without weights (its path), that prunes nothing, or that brings a weight back.
 
     References:
       J. Frankle, M. Carbin, "The Lottery Ticket Hypothesis: Finding Sparse, Trainable Neural
@@ -84,12 +87,15 @@ def tickets(
     """
     if not 0 <= rewind <= steps:
         raise ValueError(f"rewind={rewind}, and a step from 0 to steps={steps} was due")
+    if within is not None:
+        tree.check_like(params, within, "mask")
     if rule is None:
         rule = lambda mask, trained: prune(mask, magnitude(trained), fraction, where=where)
 
     def iterate() -> Iterator[Ticket]:
-        mask = jax.tree.map(lambda w: jnp.ones(w.shape, bool) if tree.is_array(w) else w, params)
-        rewound = train(params, mask, 0, rewind) if rewind else params
+        every = jax.tree.map(lambda w: jnp.ones(w.shape, bool) if tree.is_array(w) else w, params)
+        mask = every if within is None else within
+        rewound = train(apply(params, mask), mask, 0, rewind) if rewind else params
         for number in range(rounds + 1):
             start = apply(rewound, mask)
             trained = train(start, mask, rewind, steps)

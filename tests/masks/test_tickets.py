@@ -138,9 +138,20 @@ def test_rewinding_to_the_end_is_pruning_after_training():
     equal(late.mask, masks.topk(masks.magnitude(dense), sparsity=0.5))
 
 
-def test_no_rewinding_is_rewinding_to_zero(found):
-    for a, b in zip(found, find(fraction=PART, rewind=0), strict=True):
-        equal(a[1:], b[1:])
+@pytest.mark.parametrize("rewind", [0, 3])
+def test_tickets_stay_within_a_first_mask(rewind):
+    source = masks.connect(KEY, masks.topk(masks.random(KEY, first()), sparsity=0.5))
+    found = find(within=source, fraction=0.2, rewind=rewind, rounds=2)
+    equal(found[0].mask, source)
+    live = [sum(int(m.sum()) for m in jax.tree.leaves(t.mask)) for t in found]
+    assert live[0] > live[1] > live[2]
+    for t in found:
+        inside = jax.tree.map(lambda s, m: s | ~m, source, t.mask)
+        assert all(m.all() for m in jax.tree.leaves(inside))
+    early = train(masks.apply(first(), source), source, 0, rewind)
+    equal(found[-1].start, masks.apply(early, found[-1].mask))
+    with pytest.raises(ValueError, match="the mask does not fit"):
+        find(within=source["a"])
 
 
 def test_model_state_is_rewound_with_the_params():
