@@ -79,7 +79,8 @@ def grafting(
       where: the leaves with a soft mask; default: the weights. All others are the pretrained ones.
 
     Raises:
-      ValueError: trees that do not fit, a `where` that matches nothing.
+      ValueError: trees that do not fit (or a leaf of another dtype: one model of the two would be
+        rounded), a `where` that matches nothing.
       TypeError: a legacy uint32 key.
 
     Reference: A. Panigrahi, N. Saunshi, H. Zhao, S. Arora, "Task-Specific Skill Localization in
@@ -96,6 +97,12 @@ def grafting(
     def init(key: PRNGKeyArray, params: PyTree) -> Theta:
         tree.check_like(params, tuned, "fine-tuned tree")
         tree.check_like(params, base, "mask")
+        for path, w in tree.flatten(params).items():
+            if tree.is_array(w) and targets[path].dtype != w.dtype:
+                raise ValueError(
+                    f"{path!r} is {w.dtype} in params and {targets[path].dtype} in the fine-tuned "
+                    "tree, and one dtype is due"
+                )
         keys = tree.flatten(tree.keys(key, params, "jaxkit.reparam.grafting"))
         chosen = tree.chosen(params, where)
         return {path: jax.random.uniform(keys[path], w.shape) for path, w in chosen.items()}

@@ -147,6 +147,9 @@ def test_models_that_do_not_fit():
         masks.most_moved(tuned | {"w1": pre["w1"]}, pre, sparsity=0.5)
     with pytest.raises(ValueError, match="'bias0' is only in the first"):
         reparam.grafting({"w0": tuned["w0"]}, mask).init(KEY, pre)
+    half = {**tuned, "w0": tuned["w0"].astype(jnp.bfloat16)}
+    with pytest.raises(ValueError, match="'w0' is float32 in params and bfloat16 in the fine-tune"):
+        reparam.grafting(half, mask).init(KEY, pre)
 
 
 # -------------------------------------------------------------------------------- calibration
