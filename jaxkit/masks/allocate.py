@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.masks.select import check_sparsity
 
 __all__ = [
@@ -167,7 +168,7 @@ def uniform_plus(
 
     Raises:
       ValueError: sparsity outside [0, 1) or beyond what `first` and `last` allow (with the largest
-        that can be met), or a glob that does not choose one leaf.
+        that can be met), a minimum outside [0, 1], or a glob that does not choose one leaf.
 
     Reference: S. Liu et al., "The Unreasonable Effectiveness of Random Pruning: Return of the Most
     Naive Baseline for Sparse Training", arXiv:2202.02643.
@@ -176,6 +177,9 @@ def uniform_plus(
     >>> {k: round(s, 6) for k, s in uniform_plus(params, 0.75, first="w0", last="w2").items()}
     {'w0': 0.0, 'w1': 0.82, 'w2': 0.8}
     """
+
+    if violates(lambda m: (m >= 0) & (m <= 1), minimum):
+        raise ValueError(f"minimum is {minimum}, and a density in [0, 1] is due")
 
     def fixed(shapes, sparsity):
         head, tail = _path(shapes, first, "first"), _path(shapes, last, "last")
@@ -204,7 +208,8 @@ def er(
       where: the leaves to sparsify; default: the weights.
 
     Raises:
-      ValueError: sparsity outside [0, 1), or a `where` that matches nothing.
+      ValueError: sparsity outside [0, 1), a `where` that matches nothing, or a chosen leaf without
+        these axes.
 
     Reference: D. C. Mocanu et al., "Scalable Training of Artificial Neural Networks with Adaptive
     Sparse Connectivity inspired by Network Science", arXiv:1707.04780.
@@ -213,8 +218,13 @@ def er(
     >>> {path: round(s, 6) for path, s in er(params, 0.9).items()}
     {'conv': 0.9, 'out': 0.9}
     """
-    pair = lambda shape: (shape[axes[0]], shape[axes[1]])
-    ratio = lambda shapes: _kernel_ratio({path: pair(s) for path, s in shapes.items()})
+
+    def pair(path: str, shape: Shape) -> Shape:
+        if any(not -len(shape) <= axis < len(shape) for axis in axes):
+            raise ValueError(f"{path!r} has shape {shape}, without the axes {tuple(axes)} of er")
+        return shape[axes[0]], shape[axes[1]]
+
+    ratio = lambda shapes: _kernel_ratio({path: pair(path, s) for path, s in shapes.items()})
     return _poured(params, sparsity, where, ratio)
 
 
@@ -272,7 +282,7 @@ def erk_plus(
     >>> {k: round(s, 6) for k, s in erk_plus(params, 0.9, last="w2", density=0.5).items()}
     {'w0': 0.918879, 'w1': 0.765319, 'w2': 0.5}
     """
-    if isinstance(density, int | float) and not 0 < density <= 1:
+    if violates(lambda d: (d > 0) & (d <= 1), density):
         raise ValueError(f"density is {density}, and a kept fraction in (0, 1] is due")
     fixed = lambda shapes, sparsity: {_path(shapes, last, "last"): density}
     return _poured(params, sparsity, where, _kernel_ratio, fixed)
@@ -373,7 +383,8 @@ def ratios(mask: PyTree[Bool[Array, "..."]]) -> PyTree:
     ``topk(random(key, params), sparsity=ratios(topk(snip(...), sparsity=0.9)))``.
 
     Args:
-      mask: a tree of bools; a leaf that is all True gives 0, and so does an empty one.
+      mask: a tree of bools; a leaf that is all True gives 0, and so does one of size 0. A leaf that
+        is all False gives 1, of which no mask is drawn: `connect` such a mask first.
 
     Returns:
       A tree of floats, or of float32 scalars under jit.

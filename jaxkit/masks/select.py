@@ -29,8 +29,10 @@ def check_sparsity(sparsity: Any) -> None:
     for path, s in tree.flatten(sparsity).items():
         if violates(lambda s: (s >= 0) & (s < 1), s):
             at = f" at {path!r}" if path else ""
+            hint = "; a mask with these ratios empties the leaf: masks.connect it first"
             raise ValueError(
                 f"sparsity{at} is {s}, and a number in [0, 1) is due: the fraction of zeros"
+                + (hint if path and np.all(np.asarray(s) == 1) else "")
             )
 
 

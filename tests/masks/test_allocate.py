@@ -162,8 +162,11 @@ def test_ratios_of_another_mask_give_the_same_counts():
     assert jax.tree.map(lambda m: int(m.sum()), mask) == jax.tree.map(lambda m: int(m.sum()), like)
     assert any(bool((a != b).any()) for a, b in zip(mask.values(), like.values(), strict=True))
     assert masks.ratios({"f": jax.nn.relu, "none": jnp.ones((0, 3), bool)})["none"] == 0
-    with pytest.raises(ValueError, match=r"sparsity at 'w' is 1\.0"):
-        masks.topk({"w": jnp.ones((2, 2))}, sparsity=masks.ratios({"w": jnp.zeros((2, 2), bool)}))
+    empty = {"w": jnp.zeros((2, 2), bool)}
+    with pytest.raises(ValueError, match=r"sparsity at 'w' is 1\.0.*masks\.connect it first$"):
+        masks.topk({"w": jnp.ones((2, 2))}, sparsity=masks.ratios(empty))
+    connected = masks.ratios(masks.connect(key, empty))
+    assert masks.topk({"w": jnp.ones((2, 2))}, sparsity=connected)["w"].any()
 
 
 def test_bernoulli_densities_lie_where_they_should():
@@ -235,6 +238,11 @@ def test_bad_input():
         for sparsity in (1.0, -0.1, 2):
             with pytest.raises(ValueError, match="sparsity is"):
                 fn(params, sparsity)
+    with pytest.raises(ValueError, match=r"'bias' has shape \(4,\), without the axes \(-2, -1\)"):
+        masks.er({"w": jnp.ones((4, 4)), "bias": jnp.ones(4)}, 0.5, where="**")
+    for minimum in (1.5, -0.1, jnp.float32(2)):
+        with pytest.raises(ValueError, match="minimum is"):
+            masks.uniform_plus(params, 0.5, first="w0", last="w2", minimum=minimum)
     with pytest.raises(ValueError, match=r"order is \['w0'\]"):
         masks.pyramidal(params, 0.5, order=["w0"])
     deep = {f"w{i}": jnp.ones((4, 4)) for i in range(9)}
