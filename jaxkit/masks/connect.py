@@ -94,7 +94,11 @@ def _reach(
     """Give every output one entry, then every input."""
     for draw, axis in zip(draws, (1, 2), strict=True):
         column = (0, axis)  # the taps, and the other side
-        first = draw == draw.max(column, keepdims=True)
+        # of the largest, the first: draws of 23 bits may tie
+        place = jax.lax.broadcasted_iota(jnp.int32, draw.shape, 0) * draw.shape[axis]
+        place += jax.lax.broadcasted_iota(jnp.int32, draw.shape, axis)
+        largest = jnp.where(draw == draw.max(column, keepdims=True), place, draw.size)
+        first = place == largest.min(column, keepdims=True)
         mask = mask | (first & ~mask.any(column, keepdims=True))
     return mask
 

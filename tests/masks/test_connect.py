@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxkit import masks
+from jaxkit.masks.connect import _reach
 
 KEY = jax.random.key(0)
 
@@ -44,6 +45,15 @@ def test_the_entry_is_uniform_over_the_column():
     assert counts.sum() == 4000
     chi2 = ((counts - 500) ** 2 / 500).sum()
     assert chi2 < 24.3  # the 99.9 % quantile with 7 degrees of freedom
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_a_tie_connects_once(axis):
+    """All draws are equal, and one side is alive already."""
+    mask = jnp.zeros((2, 4, 4), bool).at[0].set(jnp.arange(4) == 0)
+    mask = mask if axis == 1 else mask.transpose(0, 2, 1)
+    new = _reach(mask, jnp.full((2, 2, 4, 4), 0.5))
+    assert new.any((0, axis)).all() and int(new.sum() - mask.sum()) == 3
 
 
 def test_axes_and_stacks():
