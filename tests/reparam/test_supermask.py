@@ -85,7 +85,6 @@ def test_the_gradient_of_a_score_is_that_of_the_weight_times_the_weight(name):
 @BY_NAME
 def test_every_score_moves_and_what_is_frozen_does_not(name):
     r, tx = METHODS[name], optax.sgd(0.1)
-    before = jax.tree.map(np.array, PARAMS)
 
     @jax.jit
     def run(theta):
@@ -104,7 +103,6 @@ def test_every_score_moves_and_what_is_frozen_does_not(name):
     deployed = r.apply(after, PARAMS)
     for i in range(2):
         assert deployed[f"layer_{i}"]["bias"] is PARAMS[f"layer_{i}"]["bias"]
-    jax.tree.map(np.testing.assert_array_equal, PARAMS, before)
 
 
 def test_the_primitive_with_another_value_and_function_of_the_score():
