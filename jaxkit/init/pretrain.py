@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, Bool, Float, Num, PRNGKeyArray
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit._rank import decimal
 
 __all__ = ["contrastive_loss", "hide", "masked_loss", "span_mask", "triplet_loss"]
@@ -42,7 +43,7 @@ def span_mask(
     [6, 6, 6, 6]
     """
     tree.check_key(key)
-    if tree.concrete(ratio) and not 0 <= ratio <= 1:
+    if violates(lambda r: (r >= 0) & (r <= 1), ratio):
         raise ValueError(f"ratio={ratio} is not in [0, 1]")
     if span is None:
         return jax.random.bernoulli(key, ratio, shape)

@@ -14,7 +14,7 @@ import numpy as np
 from jax.extend import core
 from jaxtyping import Array, Bool, Float, PyTree, UInt32
 
-from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.trace import _jaxpr
 
 __all__ = [
@@ -185,7 +185,7 @@ def partition_distance(a: Partition, b: Partition) -> Float[Array, " layers"]:
     shapes = [[s.shape for s in p.signs] for p in (a, b)]
     if shapes[0] != shapes[1]:
         raise ValueError(f"the partitions are of other layers: {shapes[0]} and {shapes[1]}")
-    if tree.concrete(a.canvas, b.canvas) and bool(jnp.any(a.canvas != b.canvas)):
+    if violates(lambda x, y: x == y, a.canvas, b.canvas):
         raise ValueError("the partitions are of other inputs: compare on one fixed batch")
     return jnp.stack(
         [jnp.mean(s != t, dtype=jnp.float32) for s, t in zip(a.signs, b.signs, strict=True)]

@@ -42,7 +42,8 @@ def rescale(
       params: any tree.
       mask: a tree of bools like params.
       sigma_w2: the variance of weights times fan-in on the edge of chaos: 2 for ReLU without
-        biases, ``init.edge_of_chaos(activation).sigma_w ** 2`` for others; may be traced.
+        biases, ``init.edge_of_chaos(activation).sigma_w ** 2`` for others (``init.criticality`` for
+        GELU and SiLU, which need a bias); may be traced.
       out_axis: the dimensions that a kernel produces, the others being its fan-in: -1 for
         (in, out) and (height, width, in, out), (-2, -1) for a projection to heads.
       batch_axis: dimensions of a stack of kernels (a scan over layers), each with its own rho.

@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, PRNGKeyArray, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = [
     "FeatureStats",
@@ -59,7 +60,7 @@ def mask_classes(
         raise ValueError(f"classes is {jnp.shape(classes)}, and {logits.shape[-1:]} was due")
     if not jnp.issubdtype(jnp.result_type(classes), jnp.bool_):
         raise TypeError(f"classes is {jnp.result_type(classes)}, and a boolean mask was due")
-    if tree.concrete(classes) and not np.any(classes):
+    if violates(np.any, classes):
         raise ValueError("classes marks no class")
     return jnp.where(classes, logits, jnp.finfo(logits.dtype).min / 2)
 
