@@ -214,7 +214,7 @@ def biprop(
 
     w_eff = a sign(w) m with a = sum(|w| m) / sum(m), which is a constant in the backward pass, and
     m the entries with the largest |s| (dL/ds = dL/dw_eff w sign(s)); without a sparsity m is s > 0,
-    as many as there come (dL/ds = dL/dw_eff w).
+    as many as there come (dL/ds = dL/dw_eff w; `recycle` then needs ``soft=lambda s: s``).
 
     Args:
       sparsity, together, scores, where: as for `edge_popup`.

@@ -247,7 +247,8 @@ def adamr(
 
     Args:
       learning_rate: a number or a schedule.
-      start: theta_0, like params.
+      start: theta_0, like params; inside `optax.masked`, with `optax.MaskedNode` where it is not
+        used (a fresh head).
       strength: lambda.
       b1, b2, eps: those of Adam.
       norm: "l2", or "l1" for sign(theta - theta_0).
