@@ -2,12 +2,12 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
 from jaxkit import data, masks, probes, reparam, weights
 from jaxkit._known import violates
 from jaxkit.masks import circuit, nested, route, tokens
+from tests.knowing import check_known
 
 KEY = jax.random.key(0)
 W = {"kernel": jax.random.normal(KEY, (4, 4))}
@@ -70,14 +70,7 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_known_array_is_checked_and_does_not_stop_jit(name):
-    call, good, bad = CALLS[name]
-    for number in (bad, np.asarray(bad), jnp.asarray(bad)):
-        with pytest.raises(ValueError, match=r"due|can"):
-            call(number)
-    known = jnp.asarray(good)
-    inside = jax.jit(lambda: jax.lax.scan(lambda c, _: (c, call(known)), 0, None, length=1)[1])()
-    traced = jax.jit(call)(known)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a[0], b, rtol=1e-6), inside, traced)
+    check_known(*CALLS[name], r"due|can")
 
 
 def test_what_is_traced_violates_nothing():

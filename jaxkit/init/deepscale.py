@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from jaxkit import tree
+from jaxkit._known import violates
 
 __all__ = ["DeepScale", "deepscale", "relu_correlation", "relu_covariance"]
 
@@ -194,5 +194,5 @@ def _hidden(phi: Callable[[Array], Array], due: Array) -> tuple[Array, Callable[
 
 
 def _check(name: str, value: Number, fault: str, holds: Callable[[float], bool]) -> None:
-    if tree.concrete(value) and not holds(float(value)):
+    if violates(holds, value):
         raise ValueError(f"{name}={value} {fault}")

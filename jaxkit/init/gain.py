@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.init import gauss
 
 __all__ = ["balanced_sigma", "gain", "input_gain", "maxout", "maxout_range", "vi3nr"]
@@ -77,7 +78,7 @@ def input_gain(x: Float[Array, "..."], sigma: float = 1.0) -> Float[Array, ""]:
         raise TypeError(f"float inputs are due, and {x.dtype} came: scale coordinates first")
     if x.size == 0:
         raise ValueError("the gain of no data is not defined")
-    if tree.concrete(sigma) and not np.all(np.asarray(sigma) > 0):
+    if violates(lambda s: s > 0, sigma):
         raise ValueError(f"sigma must be positive, and {sigma} came")
     second = jnp.square(x.astype(jnp.float32)).mean()
     if tree.concrete(second) and second == 0:

@@ -145,7 +145,7 @@ def triplet_loss(
             f"three (n, d) and (n,) are due: {reference.shape}, {a.shape}, {b.shape}, "
             f"{choice.shape} came"
         )
-    if tree.concrete(choice) and not np.isin(np.asarray(choice), (-1, 1)).all():
+    if violates(lambda c: np.isin(c, (-1, 1)), choice):
         raise ValueError("choices are 1 (a) and -1 (b); turn 0 and 1 into them with 2 * c - 1")
     reference, a, b = _unit(reference), _unit(a), _unit(b)
     closer = ((a - b) * reference).sum(-1)  # d(ref, b) - d(ref, a)

@@ -11,6 +11,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from jaxkit import _rank as rank
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.masks.score import magnitude, random
 from jaxkit.masks.select import Mask, prune, topk
 
@@ -161,7 +162,7 @@ def _keep(mask: Mask, scores: PyTree, keep: PyTree, chosen: PyTree[bool]) -> Mas
 def check_rate(*rates: float | Array) -> None:
     """Raise unless every known number is a share, in [0, 1]."""
     for rate in rates:
-        if isinstance(rate, int | float) and not 0 <= rate <= 1:
+        if violates(lambda r: (r >= 0) & (r <= 1), rate):
             raise ValueError(f"drop_rate is {rate}, and a share in [0, 1] is due")
 
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxkit._known import violates
 from jaxkit.masks.select import check_sparsity
 
 __all__ = ["average_density", "compute_window", "exponential", "iterative"]
@@ -38,7 +39,7 @@ def iterative(fraction: float | Array) -> Schedule:
     >>> [round(float(iterative(0.2)(r)), 3) for r in range(4)]
     [0.0, 0.2, 0.36, 0.488]
     """
-    if isinstance(fraction, int | float) and not 0 < fraction < 1:
+    if violates(lambda f: (f > 0) & (f < 1), fraction):
         raise ValueError(f"fraction is {fraction}, and a share in (0, 1) is due")
     return lambda step: 1 - jnp.asarray(1.0 - fraction) ** step
 

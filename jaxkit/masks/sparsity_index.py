@@ -9,6 +9,7 @@ import numpy as np
 from jaxtyping import Array, PyTree
 
 from jaxkit import tree
+from jaxkit._known import violates
 from jaxkit.masks.select import Mask
 
 __all__ = ["pq_index", "sap_fraction"]
@@ -156,7 +157,7 @@ def sap_fraction(
     >>> float(fraction["kernel"])
     0.5
     """
-    if tree.concrete(beta) and not np.all((np.asarray(beta) >= 0) & (np.asarray(beta) < 1)):
+    if violates(lambda b: (b >= 0) & (b < 1), beta):
         raise ValueError(f"beta={beta}: a share in [0, 1) is due, or everything could go at once")
     found, where = _norms(params, mask, p, q, scope, where)
 

@@ -6,7 +6,6 @@ from jax.extend import core
 
 from jaxkit.trace import _jaxpr
 
-INLINED = _jaxpr.JIT | _jaxpr.REMAT
 SAME = frozenset({"reshape", "squeeze", "broadcast_in_dim", "convert_element_type", "copy"})
 
 
@@ -36,7 +35,7 @@ def _walk(jaxpr: core.Jaxpr, values: dict) -> tuple[list, list[core.JaxprEqn]]:
         if not any(old):
             continue
         new: list[Value | None] = [Value(v) for v in eqn.outvars]
-        if eqn.primitive.name in INLINED:
+        if eqn.primitive.name in _jaxpr.INLINED:
             inner = _jaxpr.called(eqn).jaxpr
             new, more = _walk(inner, dict(zip(inner.invars, old, strict=True)))
             found += more

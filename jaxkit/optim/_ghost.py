@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 from jaxkit import tree
 from jaxkit.trace import Op, _jaxpr
 
-INLINED = _jaxpr.JIT | _jaxpr.REMAT
 MOVES = frozenset({"transpose", "reshape", "squeeze", "broadcast_in_dim", "copy", "copy_p", "name"})
 
 
@@ -59,7 +58,7 @@ def _follow(jaxpr: core.Jaxpr, leaf: dict, readers: dict[str, list[Reader]]) -> 
         paths = [held(v) for v in eqn.invars]
         if not any(paths):
             continue
-        if eqn.primitive.name in INLINED:
+        if eqn.primitive.name in _jaxpr.INLINED:
             inner = _jaxpr.called(eqn).jaxpr
             out = _follow(inner, dict(zip(inner.invars, paths, strict=True)), readers)
             leaf.update(zip(eqn.outvars, out, strict=True))

@@ -17,7 +17,8 @@ from jaxkit import tree
 JIT = frozenset({"jit", "pjit", "closed_call", "core_call", "call"})
 REMAT = frozenset({"checkpoint", "remat", "remat2"})
 CUSTOM = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-CALLS = JIT | REMAT | CUSTOM
+INLINED = JIT | REMAT  # the operands and the rule of differentiation stay as they are
+CALLS = INLINED | CUSTOM
 
 
 class Traced(NamedTuple):

@@ -2,11 +2,11 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pytest
 
 from jaxkit import nn, optim
+from tests.knowing import check_known
 
 KEY = jax.random.key(0)
 PARAMS = {"kernel": jnp.ones((3, 2))}
@@ -45,10 +45,4 @@ CALLS = {
 
 @pytest.mark.parametrize("name", CALLS)
 def test_a_known_array_is_checked_and_does_not_stop_jit(name):
-    call, good, bad = CALLS[name]
-    for number in (bad, np.asarray(bad), jnp.asarray(bad)):
-        with pytest.raises(ValueError, match=r"due|nothing would decay"):
-            call(number)
-    known = jnp.asarray(good)
-    inside, traced = jax.jit(lambda: call(known))(), jax.jit(call)(known)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), inside, traced)
+    check_known(*CALLS[name], r"due|nothing would decay")

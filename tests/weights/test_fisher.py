@@ -133,6 +133,7 @@ def test_where_no_model_knows_the_first_one_stays():
     dead = [f | {"a": f["a"].at[0].set(0)} for f in FISHERS]
     got = merge(dead)
     np.testing.assert_array_equal(got["a"][0], MODELS[0]["a"][0])
+    close(merge([FISHERS[0], dead[1]])["a"][0], MODELS[0]["a"][0], 0)
     both = merge(dead, normalize=False, favor_first=False)
     np.testing.assert_allclose(both["a"][0], (MODELS[0]["a"][0] + MODELS[1]["a"][0]) / 2, rtol=1e-6)
     close(got["a"][1], merge(FISHERS, normalize=False)["a"][1], 0.5)
